@@ -1,0 +1,39 @@
+"""Checkpoints of LLM training, layer by layer.
+
+Save only the layers that need saving, keep every checkpoint whole and resumable all the same, and assemble a
+resumable checkpoint out of layers of several others.
+
+Importing this package is cheap: it pulls in neither torch nor numpy. A public name brings its module along when it is
+first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import TailorError
+
+if TYPE_CHECKING:
+    from .integrations.torch_loop import Run as Run
+
+__version__ = "0.1.0"
+
+__all__ = ["Run", "TailorError"]
+
+# Public name -> the module that has it. A new name goes here, into __all__ and into the block above.
+_LAZY = {
+    "Run": "llmtailor.integrations.torch_loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value  # asked once only
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
