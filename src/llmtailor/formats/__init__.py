@@ -1,0 +1,1 @@
+"""Files of others' making, one module each; none imports another."""

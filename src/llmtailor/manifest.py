@@ -1,0 +1,338 @@
+"""The manifest ``tailor.json``: what a checkpoint says about itself, and its commit record.
+
+``docs/spec/checkpoint-v1.md`` section 4 in code. A ``Manifest`` that exists is valid: the same rules hold when it is
+built and when it is read. Bytes in, bytes out; files are opened elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import xxhash
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import FormatError, IntegrityError
+from .strict_json import parse_object
+from .tensors import DTYPE_BITS, TensorMeta
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_NAME",
+    "MANIFEST_NAME",
+    "FileRecord",
+    "GroupRecord",
+    "LayerRecord",
+    "Manifest",
+    "OptimizerRecord",
+    "Parent",
+    "TensorRecord",
+    "World",
+    "Writer",
+    "decode_manifest",
+    "digest_of",
+    "encode_manifest",
+]
+
+MANIFEST_NAME = "tailor.json"
+INDEX_NAME = "model.safetensors.index.json"
+FORMAT_VERSION = 1
+
+_DIGEST = r"xxh3_128:[0-9a-f]{32}"
+_TRAILER = re.compile(rb',\n"digest": "(' + _DIGEST.encode() + rb')"\n\}\n\Z')
+_TRAILER_NBYTES = len(b',\n"digest": "xxh3_128:"\n}\n') + 32
+_COMPONENT = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*")
+
+
+def digest_of(*chunks: bytes | memoryview) -> str:
+    """Digest of the chunks laid end to end: ``xxh3_128:<32 hex>``."""
+    digest = xxhash.xxh3_128()
+    for chunk in chunks:
+        digest.update(chunk)
+    return f"xxh3_128:{digest.hexdigest()}"
+
+
+def _check_path(value: str) -> str:
+    if value == MANIFEST_NAME or not all(_COMPONENT.fullmatch(part) for part in value.split("/")):
+        raise ValueError(f"path {value!r} must be relative, of plain components, and not {MANIFEST_NAME}")
+    return value
+
+
+def _check_dtype(value: str) -> str:
+    if value not in DTYPE_BITS:
+        raise ValueError(f"unknown element type {value!r}")
+    return value
+
+
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=rf"^{_DIGEST}$")]
+RelativePath = Annotated[str, Field(max_length=1024), AfterValidator(_check_path)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FileRecord(_Record):
+    """A file of the checkpoint."""
+
+    path: RelativePath
+    """Relative to the checkpoint, with forward slashes."""
+    bytes: Count
+    digest: Digest
+
+
+class TensorRecord(_Record):
+    """A parameter or persistent buffer of the model."""
+
+    fqn: Name
+    kind: Literal["parameter", "buffer"]
+    layer: Name
+    dtype: Annotated[str, AfterValidator(_check_dtype)]
+    shape: tuple[Count, ...]
+    trainable: bool
+    tied_to: Name | None
+    """The fqn that holds the bytes, or None."""
+
+    @property
+    def meta(self) -> TensorMeta:
+        return TensorMeta(dtype=self.dtype, shape=self.shape)
+
+
+class GroupRecord(_Record):
+    """Hyper-parameters of some parameters of one optimizer."""
+
+    parameters: tuple[Name, ...]
+    options: dict[str, Any]
+    """JSON; what JSON cannot say is tagged, see the specification."""
+
+
+class OptimizerRecord(_Record):
+    """One optimizer."""
+
+    name: Annotated[Name, Field(alias="class")]
+    groups: tuple[GroupRecord, ...]
+
+
+class LayerRecord(_Record):
+    """A layer, its files and when they were written."""
+
+    name: Name
+    kind: Literal["block", "embedding", "head", "other"]
+    stack: Name | None
+    index: Count | None
+    step: Count
+    """Step of the checkpoint that wrote the files."""
+    save_index: Count
+    update_count: Count | None
+    reason: Name
+    drift: float | None
+    weights: FileRecord
+    optimizer: FileRecord | None
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        return (self.weights,) if self.optimizer is None else (self.weights, self.optimizer)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+
+class Parent(_Record):
+    """The checkpoint before this one in the run."""
+
+    step: Count
+    digest: Digest
+
+
+class World(_Record):
+    """How the state was spread over ranks."""
+
+    size: Annotated[int, Field(ge=1)]
+    sharding: Literal["none"]
+
+
+class Writer(_Record):
+    """Who wrote the checkpoint."""
+
+    llmtailor: str
+    torch: str
+    python: str
+    host: str
+    pid: int
+
+
+class Manifest(_Record):
+    """A whole checkpoint, described."""
+
+    format: Literal["llmtailor-checkpoint"] = "llmtailor-checkpoint"
+    format_version: Literal[1] = 1
+    run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    step: Count
+    save_index: Count
+    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    parent: Parent | None
+    contents: Literal["full", "weights"]
+    strategy: Name
+    world: World
+    writer: Writer
+    tensors: tuple[TensorRecord, ...]
+    optimizers: tuple[OptimizerRecord, ...]
+    layers: tuple[LayerRecord, ...]
+    files: tuple[FileRecord, ...]
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        faults = [*_name_faults(self), *_tensor_faults(self), *_layer_faults(self), *_group_faults(self)]
+        if faults:
+            raise ValueError("; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else ""))
+        return self
+
+    @property
+    def all_files(self) -> tuple[FileRecord, ...]:
+        """Every file but the manifest: the layers' first, in model order."""
+        return (*(file for layer in self.layers for file in layer.files), *self.files)
+
+    @property
+    def is_consistent(self) -> bool:
+        """True if all layers were written at this checkpoint's step."""
+        return all(layer.step == self.step for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files; linked ones count in full."""
+        return sum(file.bytes for file in self.all_files)
+
+    @property
+    def written_nbytes(self) -> int:
+        """Bytes that this save wrote: layers of its own step and small files."""
+        own = sum(layer.nbytes for layer in self.layers if layer.step == self.step)
+        return own + sum(file.bytes for file in self.files)
+
+
+def _twice(names: Iterable[str], what: str) -> Iterator[str]:
+    return (f"{what} {name!r} occurs {count} times" for name, count in Counter(names).items() if count > 1)
+
+
+def _name_faults(manifest: Manifest) -> Iterator[str]:
+    yield from _twice((tensor.fqn for tensor in manifest.tensors), "tensor")
+    yield from _twice((layer.name for layer in manifest.layers), "layer")
+    # Case-insensitive file systems exist; two names that differ in case alone would be one file there.
+    yield from _twice((file.path.casefold() for file in manifest.all_files), "path")
+
+
+def _tensor_faults(manifest: Manifest) -> Iterator[str]:
+    layers = {layer.name for layer in manifest.layers}
+    holders = {tensor.fqn for tensor in manifest.tensors if tensor.tied_to is None}
+    for tensor in manifest.tensors:
+        if tensor.layer not in layers:
+            yield f"tensor {tensor.fqn!r} is of layer {tensor.layer!r}, which is not there"
+        if tensor.tied_to is not None and tensor.tied_to not in holders:
+            yield f"tensor {tensor.fqn!r} is tied to {tensor.tied_to!r}, which holds no bytes"
+    for name in sorted(layers - {tensor.layer for tensor in manifest.tensors if tensor.tied_to is None}):
+        yield f"layer {name!r} has no tensor"
+
+
+def _layer_faults(manifest: Manifest) -> Iterator[str]:
+    for layer in manifest.layers:
+        if layer.step > manifest.step or layer.save_index > manifest.save_index:
+            yield f"layer {layer.name!r} was saved at step {layer.step}, after the checkpoint's {manifest.step}"
+        if layer.update_count is not None and layer.optimizer is None:
+            yield f"layer {layer.name!r} has an update count and no optimizer file"
+        if (layer.kind == "block") != (layer.index is not None) or (layer.stack is None) != (layer.index is None):
+            yield f"layer {layer.name!r} must have a stack and an index if it is a block, and only then"
+        if manifest.contents == "weights" and layer.optimizer is not None:
+            yield f"layer {layer.name!r} has an optimizer file in a checkpoint of weights"
+    if manifest.contents == "weights" and manifest.optimizers:
+        yield "a checkpoint of weights has an optimizer"
+
+
+def _group_faults(manifest: Manifest) -> Iterator[str]:
+    parameters = {tensor.fqn for tensor in manifest.tensors if tensor.kind == "parameter"}
+    for optimizer in manifest.optimizers:
+        grouped = [fqn for group in optimizer.groups for fqn in group.parameters]
+        yield from _twice(grouped, f"in the groups of {optimizer.name}, parameter")
+        for fqn in sorted(set(grouped) - parameters):
+            yield f"{optimizer.name} has {fqn!r}, which is not a parameter of the model"
+
+
+def encode_manifest(manifest: Manifest) -> tuple[bytes, str]:
+    """The manifest as it stands in ``tailor.json``, and its digest.
+
+    One line per tensor, layer, group and file, so that people can read it and ``diff`` it.
+    """
+    fields = json.loads(manifest.model_dump_json(by_alias=True))
+    body = "{\n" + ",\n".join(f"{json.dumps(key)}: {_encode_field(value)}" for key, value in fields.items())
+    encoded = body.encode("ascii")
+    digest = digest_of(encoded)
+    return encoded + f',\n"digest": "{digest}"\n}}\n'.encode("ascii"), digest
+
+
+def _encode_field(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in value) + "\n]"
+    return json.dumps(value, allow_nan=False)
+
+
+def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
+    """Check and parse the content of a ``tailor.json``.
+
+    Args:
+        text: The whole file.
+        path: For the error.
+
+    Returns:
+        The manifest and its digest.
+
+    Raises:
+        IntegrityError: The text is not the text that was written (digest or trailer).
+        FormatError: It is a version we do not know, or breaks the specification.
+    """
+    trailer = _TRAILER.fullmatch(text, max(0, len(text) - _TRAILER_NBYTES))
+    if trailer is None:
+        raise IntegrityError(
+            "the manifest is cut off or changed: its closing digest is missing",
+            kind="manifest-trailer",
+            path=path,
+            hint=_HINT,
+        )
+    body = text[: trailer.start()]
+    expected, found = trailer.group(1).decode(), digest_of(body)
+    if expected != found:
+        raise IntegrityError(
+            "the manifest was changed", kind="manifest-digest", path=path, expected=expected, found=found, hint=_HINT
+        )
+    fields = parse_object(text, what="manifest", path=path)
+    del fields["digest"]
+    version = fields.get("format_version")
+    if fields.get("format") == "llmtailor-checkpoint" and version != FORMAT_VERSION:
+        raise FormatError(
+            "the checkpoint has a format version this program does not know",
+            kind="format-version",
+            path=path,
+            expected=FORMAT_VERSION,
+            found=version,
+            hint="upgrade llmtailor",
+        )
+    try:
+        # JSON mode: strict about types, yet a JSON array is a tuple.
+        return Manifest.model_validate_json(json.dumps(fields)), expected
+    except ValidationError as err:
+        first = err.errors(include_url=False)[0]
+        where = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        raise FormatError(
+            f"the manifest breaks the specification at {where}: {first['msg']}",
+            kind="manifest-schema",
+            path=path,
+            found=str(first.get("input"))[:200] if first["loc"] else None,
+            hint=_HINT,
+        ) from err
+
+
+_HINT = "llmtailor verify tells what is damaged; resume falls back to the newest checkpoint that verifies"

@@ -1,0 +1,18 @@
+"""Where checkpoints live: the local directory, its lock, and the publish protocol."""
+
+from .filesystem import FreeSpace, LocalFileSystem
+from .lock import RunLock
+from .run_directory import CheckpointEntry, RunDirectory, checkpoint_name, list_checkpoints, newest_step_seen
+from .staging import StagedCheckpoint
+
+__all__ = [
+    "CheckpointEntry",
+    "FreeSpace",
+    "LocalFileSystem",
+    "RunDirectory",
+    "RunLock",
+    "StagedCheckpoint",
+    "checkpoint_name",
+    "list_checkpoints",
+    "newest_step_seen",
+]

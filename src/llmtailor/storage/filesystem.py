@@ -1,0 +1,142 @@
+"""Every operation on a file system that changes something, or that must be seen to fail, in one place.
+
+Nothing here decides. Tests stand a faulty one of the same shape in front of it and make the n-th operation fail,
+stop the world there, or lie; so the publish protocol calls nothing of ``os`` directly.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["FreeSpace", "LocalFileSystem"]
+
+# Source: Linux include/uapi/linux/fs.h, FICLONE = _IOW(0x94, 9, int).
+_FICLONE = 0x40049409
+_COPY_CHUNK_NBYTES = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeSpace:
+    """Room on a file system for an unprivileged writer."""
+
+    nbytes: int
+    inodes: int | None
+    """None where the file system does not count inodes."""
+
+
+class LocalFileSystem:
+    """Thin, stateless calls to the kernel. Every method raises plain ``OSError``."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create a directory; its parent must exist, it must not."""
+        os.mkdir(path, 0o755)
+
+    def create(self, path: Path) -> int:
+        """Create a file that does not exist, for writing; it is read-only for everybody else from the start."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
+
+    def open_for_reading(self, path: Path) -> int:
+        """Open a regular file that is no link; ``OSError(EINVAL)`` for anything else."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return descriptor
+
+    def allocate(self, descriptor: int, nbytes: int) -> None:
+        """Reserve blocks, so that a full disk is found before anything is written."""
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as err:
+            if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+    def write(self, descriptor: int, buffer: memoryview) -> None:
+        """Write all of the buffer at the file's position."""
+        while buffer.nbytes:
+            buffer = buffer[os.write(descriptor, buffer) :]
+
+    def read(self, descriptor: int, nbytes: int) -> bytes:
+        """Read up to that many bytes; empty at the end."""
+        return os.read(descriptor, nbytes)
+
+    def fsync(self, descriptor: int) -> None:
+        """Make a file durable. Never call it again on a file for which it failed."""
+        os.fsync(descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close a descriptor; network file systems report late errors here."""
+        os.close(descriptor)
+
+    def make_read_only(self, descriptor: int) -> None:
+        """Take away everybody's right to write."""
+        os.fchmod(descriptor, 0o444)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; fails if the target exists."""
+        os.link(source, target, follow_symlinks=False)
+
+    def reflink(self, source: Path, target: Path) -> None:
+        """Make a new file that shares the blocks of another."""
+        self._fill(source, target, lambda reader, writer: fcntl.ioctl(writer, _FICLONE, reader))
+
+    def copy(self, source: Path, target: Path) -> None:
+        """Make a new file with the same bytes."""
+
+        def copy_bytes(reader: int, writer: int) -> None:
+            while chunk := os.read(reader, _COPY_CHUNK_NBYTES):
+                self.write(writer, memoryview(chunk))
+
+        self._fill(source, target, copy_bytes)
+
+    def _fill(self, source: Path, target: Path, fill: object) -> None:
+        reader = self.open_for_reading(source)
+        try:
+            writer = self.create(target)
+            try:
+                fill(reader, writer)  # type: ignore[operator]
+                os.fsync(writer)
+            except BaseException:
+                os.unlink(target)
+                raise
+            finally:
+                os.close(writer)
+        finally:
+            os.close(reader)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move a directory to a name that is free; ``OSError(EEXIST)`` if it is taken.
+
+        The check and the rename are two calls; the run's lock keeps other writers out between them, and the kernel
+        itself refuses a directory that is not empty.
+        """
+        if os.path.lexists(target):
+            raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        os.rename(source, target)
+
+    def fsync_directory(self, path: Path) -> None:
+        """Make the names in a directory durable."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory and everything in it."""
+        shutil.rmtree(path)
+
+    def remove_empty_directory(self, path: Path) -> None:
+        """Remove a directory that must be empty."""
+        os.rmdir(path)
+
+    def free_space(self, path: Path) -> FreeSpace:
+        """Room left on the file system of a path."""
+        status = os.statvfs(path)
+        return FreeSpace(nbytes=status.f_bavail * status.f_frsize, inodes=status.f_favail if status.f_files else None)

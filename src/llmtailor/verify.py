@@ -1,0 +1,271 @@
+"""Is a checkpoint what it was when it was published? Reads every byte; needs neither the model nor torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from .errors import FormatError, IntegrityError, NotFoundError
+from .formats.safetensors import Header, OpenFile, open_file
+from .manifest import MANIFEST_NAME, FileRecord, LayerRecord, Manifest, TensorRecord, decode_manifest, digest_of
+
+__all__ = ["Problem", "VerifyReport", "open_verified", "read_manifest", "verify_checkpoint"]
+
+_CHUNK_NBYTES = 8 * 2**20
+# A manifest has some 200 bytes a tensor; this is a million tensors.
+_MAX_MANIFEST_NBYTES = 256 * 2**20
+_OPTIMIZER_PREFIX = "state."
+# What the kernel says when the device or the server failed, which is not evidence against the file.
+_DEVICE_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong with a checkpoint."""
+
+    path: str
+    """File, relative to the checkpoint."""
+    layer: str | None
+    kind: str
+    """``missing-file``, ``file-size``, ``digest``, ``not-regular``, or a kind of ``FormatError``."""
+    detail: str
+    expected: str | None
+    found: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What ``verify_checkpoint`` saw."""
+
+    path: str
+    step: int | None
+    """None if the manifest itself is bad."""
+    num_files: int
+    nbytes: int
+    """Bytes read."""
+    problems: tuple[Problem, ...]
+    unlisted: tuple[str, ...]
+    """Files the manifest does not name; they are not part of the checkpoint."""
+
+    @property
+    def is_good(self) -> bool:
+        return not self.problems
+
+    def raise_if_bad(self) -> None:
+        """Raise one IntegrityError that lists all problems."""
+        if self.problems:
+            first = self.problems[0]
+            rest = "".join(f"\n            {problem.path}: {problem.detail}" for problem in self.problems[1:10])
+            raise IntegrityError(
+                f"the checkpoint does not verify: {len(self.problems)} of {self.num_files} files",
+                kind=first.kind,
+                path=self.path,
+                layer=first.layer,
+                expected=first.expected,
+                found=f"{first.path}: {first.detail}{f' ({first.found})' if first.found else ''}{rest}",
+                hint="resume from an older checkpoint; keep this one for llmtailor verify",
+            )
+
+
+def read_manifest(checkpoint: Path) -> tuple[Manifest, str]:
+    """Read and check the manifest of a checkpoint; opens no other file.
+
+    Returns:
+        The manifest and its digest.
+
+    Raises:
+        NotFoundError: No such directory, or it has no manifest.
+        FormatError: The manifest is damaged, of another version, or of another step than the directory's name says.
+    """
+    path = checkpoint / MANIFEST_NAME
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        is_there = checkpoint.is_dir()
+        raise NotFoundError(
+            f"not a checkpoint of LLMTailor: it has no {MANIFEST_NAME}" if is_there else "no such checkpoint",
+            kind="missing-manifest" if is_there else "missing-checkpoint",
+            path=checkpoint,
+            expected="a directory checkpoint-<step>, written by LLMTailor",
+            found=_describe_directory(checkpoint),
+            hint="llmtailor ls <run> lists the checkpoints of a run",
+        ) from err
+    except OSError as err:
+        raise _refuse_file(path, err) from err
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_MANIFEST_NBYTES:
+            raise FormatError(
+                "the manifest is not a regular file of sane size", kind="not-regular", path=path, found=status.st_size
+            )
+        manifest, digest = decode_manifest(file.read(), path)
+    return manifest, digest
+
+
+def _describe_directory(path: Path) -> str:
+    if not path.exists():
+        return "nothing"
+    names = sorted(os.listdir(path))[:6] if path.is_dir() else []
+    return ", ".join(names) if names else ("an empty directory" if path.is_dir() else "a file")
+
+
+def _refuse_file(path: Path, err: OSError) -> Exception:
+    if err.errno in _DEVICE_ERRORS:
+        return err
+    return FormatError(f"cannot open the file: {err.strerror}", kind="not-regular", path=path)
+
+
+def open_verified(checkpoint: Path, record: FileRecord) -> OpenFile:
+    """Open a layer file whose bytes are the published ones.
+
+    Raises:
+        IntegrityError: Another size or digest.
+        NotFoundError: It is gone.
+        FormatError: It is not a regular safetensors file.
+    """
+    path = checkpoint / record.path
+    opened = open_file(path)
+    if opened.buffer.nbytes != record.bytes:
+        raise IntegrityError(
+            "the file has another size", kind="file-size", path=path, expected=record.bytes, found=opened.buffer.nbytes
+        )
+    found = digest_of(opened.buffer)
+    if found != record.digest:
+        raise IntegrityError("the file's bytes changed", kind="digest", path=path, expected=record.digest, found=found)
+    return opened
+
+
+def verify_checkpoint(checkpoint: Path, *, on_file: Callable[[FileRecord], None] = lambda record: None) -> VerifyReport:
+    """Check every file of a checkpoint against its manifest, and every layer file against the model schema.
+
+    All problems are collected. A failing device (``EIO``) is raised as it is: it says nothing about the checkpoint.
+
+    Args:
+        checkpoint: The directory.
+        on_file: Called before each file is read, for a progress bar.
+
+    Raises:
+        NotFoundError: There is no checkpoint.
+    """
+    try:
+        manifest, _ = read_manifest(checkpoint)
+    except FormatError as err:
+        problem = _problem_of(MANIFEST_NAME, None, err)
+        return VerifyReport(path=str(checkpoint), step=None, num_files=1, nbytes=0, problems=(problem,), unlisted=())
+    problems = list(_verify_name(checkpoint, manifest))
+    nbytes = 0
+    for layer, record in _files_by_layer(manifest):
+        on_file(record)
+        try:
+            _verify_file(checkpoint, record)
+            if layer is not None:
+                _verify_header(checkpoint, manifest, layer, record)
+        except (FormatError, NotFoundError) as err:
+            problems.append(_problem_of(record.path, None if layer is None else layer.name, err))
+        nbytes += record.bytes
+    return VerifyReport(
+        path=str(checkpoint),
+        step=manifest.step,
+        num_files=1 + len(manifest.all_files),
+        nbytes=nbytes,
+        problems=tuple(problems),
+        unlisted=tuple(_unlisted(checkpoint, manifest)),
+    )
+
+
+def _files_by_layer(manifest: Manifest) -> Iterator[tuple[LayerRecord | None, FileRecord]]:
+    for layer in manifest.layers:
+        yield from ((layer, record) for record in layer.files)
+    yield from ((None, record) for record in manifest.files)
+
+
+def _problem_of(path: str, layer: str | None, err: FormatError | NotFoundError) -> Problem:
+    expected, found = (None if value is None else str(value) for value in (err.expected, err.found))
+    return Problem(path=path, layer=layer, kind=err.kind, detail=err.what, expected=expected, found=found)
+
+
+def _verify_name(checkpoint: Path, manifest: Manifest) -> Iterator[Problem]:
+    name = checkpoint.resolve().name
+    number = name.removeprefix("checkpoint-")
+    if name.startswith("checkpoint-") and number.isdecimal() and int(number) != manifest.step:
+        yield Problem(
+            path=MANIFEST_NAME,
+            layer=None,
+            kind="wrong-step",
+            detail="the manifest is of another step than the directory",
+            expected=number,
+            found=str(manifest.step),
+        )
+
+
+def _verify_file(checkpoint: Path, record: FileRecord) -> None:
+    path = checkpoint / record.path
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise NotFoundError("the file is missing", kind="missing-file", path=path) from err
+    except OSError as err:
+        raise _refuse_file(path, err) from err
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FormatError("not a regular file", kind="not-regular", path=path)
+        if status.st_size != record.bytes:
+            raise IntegrityError(
+                "the file has another size", kind="file-size", path=path, expected=record.bytes, found=status.st_size
+            )
+        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(_CHUNK_NBYTES, max(1, record.bytes))))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    found = f"xxh3_128:{digest.hexdigest()}"
+    if found != record.digest:
+        raise IntegrityError("the file's bytes changed", kind="digest", path=path, expected=record.digest, found=found)
+
+
+def _verify_header(checkpoint: Path, manifest: Manifest, layer: LayerRecord, record: FileRecord) -> None:
+    """A layer file holds what the schema says: a writer's mistake is found here, not at resume."""
+    header = open_file(checkpoint / record.path).header
+    tensors = {tensor.fqn: tensor for tensor in manifest.tensors if tensor.layer == layer.name}
+    if record is layer.weights:
+        held = {fqn: str(tensor.meta) for fqn, tensor in tensors.items() if tensor.tied_to is None}
+        found = {name: str(tensor.meta) for name, tensor in header.tensors.items()}
+        _check_names(checkpoint / record.path, held, found)
+    else:
+        _check_state_names(checkpoint / record.path, tensors, header)
+
+
+def _check_names(path: Path, expected: dict[str, str], found: dict[str, str]) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise FormatError(
+                "the file does not hold the layer's tensors",
+                kind="schema",
+                path=path,
+                fqn=name,
+                expected=expected.get(name, "no such tensor"),
+                found=found.get(name, "no such tensor"),
+            )
+
+
+def _check_state_names(path: Path, tensors: dict[str, TensorRecord], header: Header) -> None:
+    prefixes = tuple(f"{_OPTIMIZER_PREFIX}{fqn}." for fqn in tensors)
+    for name in header.tensors:
+        if not name.startswith(prefixes):
+            raise FormatError(
+                "the file holds optimizer state of a parameter of another layer", kind="schema", path=path, fqn=name
+            )
+
+
+def _unlisted(checkpoint: Path, manifest: Manifest) -> Iterator[str]:
+    listed = {record.path for record in manifest.all_files} | {MANIFEST_NAME}
+    for directory, _, files in os.walk(checkpoint):
+        for file in sorted(files):
+            name = (Path(directory) / file).relative_to(checkpoint).as_posix()
+            if name not in listed:
+                yield name
