@@ -1,0 +1,114 @@
+"""What a strategy is told at a save, and what it must answer."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..errors import InvalidInputError
+from ..layers import LayerKind
+
+__all__ = ["LayerStatus", "SaveContext", "Strategy", "check_names", "check_number", "format_call"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStatus:
+    """A layer as it stands before a save."""
+
+    name: str
+    kind: LayerKind
+    stack: str | None
+    """Name of the block's stack; None unless a block."""
+    index: int | None
+    """The block's number in its stack; None unless a block."""
+    nbytes: int
+    """What writing it costs: weights and optimizer state."""
+    saved_step: int | None
+    """Step at which it was last written; None if never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveContext:
+    """A save that is about to happen."""
+
+    step: int
+    """Optimizer steps done."""
+    save_index: int
+    """Saves of the run before this one; 0 for the first."""
+    layers: tuple[LayerStatus, ...]
+    """All layers, in model order."""
+
+    def __post_init__(self) -> None:
+        late = [layer.name for layer in self.layers if layer.saved_step is not None and layer.saved_step > self.step]
+        assert not late, f"saved after step {self.step}: {late}"
+
+
+class Strategy(ABC):
+    """Decides which layers are written at a save. Pure: the same context gives the same answer.
+
+    Subclasses are frozen dataclasses.
+    """
+
+    max_age: int | None
+    """A layer older than this many optimizer steps is written whatever ``select`` says; None: no such bound."""
+
+    @abstractmethod
+    def select(self, context: SaveContext) -> frozenset[str]:
+        """Names of the layers to write. ``choose_layers`` adds those never written and those too old."""
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """Canonical text (``filter(first=2, last=2, every=5)``), which ``parse_strategy`` reads back."""
+
+
+def check_names(names: Iterable[object], context: SaveContext) -> frozenset[str]:
+    """The names as a set.
+
+    Raises:
+        InvalidInputError: Some are no layers of the context; names them all, and layers called nearly so.
+    """
+    known = [layer.name for layer in context.layers]
+    chosen = list(names)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), known, n=3)
+        raise InvalidInputError(
+            f"a strategy chose what is not a layer: {', '.join(map(repr, unknown))}",
+            kind="unknown-layer",
+            layer=str(unknown[0]),
+            expected=f"names of the {len(known)} layers",
+            hint=f"did you mean {', '.join(near)}?" if near else f"layers are {', '.join(known[:5])}, ...",
+        )
+    return frozenset(str(name) for name in chosen)
+
+
+def check_number(strategy: str, argument: str, value: object, *, least: int, optional: bool = False) -> None:
+    """Raises if a strategy's argument is not a whole number of at least ``least`` (or None, if ``optional``).
+
+    Raises:
+        InvalidInputError: Kind ``argument-type`` or ``argument-range``.
+    """
+    if value is None and optional:
+        return
+    # bool is an int to Python, but "first=True" is a mistake.
+    if type(value) is not int:
+        what, kind = f"argument {argument!r} of strategy {strategy!r} is not a whole number", "argument-type"
+    elif value < least:
+        what, kind = f"argument {argument!r} of strategy {strategy!r} is too small", "argument-range"
+    else:
+        return
+    raise InvalidInputError(
+        what,
+        kind=kind,
+        expected=f"a whole number of at least {least}",
+        found=repr(value),
+        hint=f"write for example {argument}={max(least, 2)}",
+    )
+
+
+def format_call(name: str, **arguments: object) -> str:
+    """``name(key=value, ...)`` without the arguments that are None."""
+    return f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)})"
