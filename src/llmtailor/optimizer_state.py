@@ -1,0 +1,337 @@
+"""State of any torch optimizer, by parameter name instead of position.
+
+torch keys what an optimizer remembers by the position of a parameter in the groups, so that it is lost when groups
+are built otherwise. Here everything is keyed by fully qualified name (fqn), in both directions:
+
+    saving    read_state, read_groups
+    loading   check_state            everything is checked, nothing is changed (in optimizer_check)
+              load_groups            then the options, which decide where ``step`` belongs
+              load_parameter_state   then each parameter; layers may come one by one, in any order
+
+Each function takes one optimizer (``unwrap_optimizer`` first). A run with two of them, Muon and AdamW, keeps two sets
+of groups, and gives ``check_state`` for each the saved state of the parameters in its own groups.
+
+What is not kept: attributes of the optimizer object itself, which torch's ``state_dict`` does not keep either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.optim import Optimizer
+
+from .errors import IncompatibleError, UnsupportedError
+from .optimizer_values import Note, decode_option, encode_option, flatten_state, restore_state
+from .tensor_bytes import why_not_plain
+
+__all__ = [
+    "ParameterGroup",
+    "ParameterNames",
+    "ParameterState",
+    "layer_update_count",
+    "load_groups",
+    "load_parameter_state",
+    "named_groups",
+    "optimizer_class",
+    "parameter_names",
+    "read_groups",
+    "read_state",
+    "split_state_key",
+    "state_key",
+    "unwrap_optimizer",
+    "update_count",
+]
+
+ParameterNames: TypeAlias = Mapping[torch.Tensor, str]
+"""Parameter -> fqn. Tensors hash by identity, and so are looked up by it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterState:
+    """What an optimizer remembers of one parameter."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """By leaf (``exp_avg``, ``quant/codes``); views of the optimizer's own, on their devices."""
+    notes: Mapping[str, Note]
+    """By leaf, JSON: what tensors cannot say, see ``optimizer_values``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterGroup:
+    """Parameters of an optimizer that share options."""
+
+    parameters: tuple[str, ...]
+    """fqns, in the optimizer's order."""
+    options: Mapping[str, object]
+    """JSON, see ``optimizer_values.encode_option``."""
+
+
+def parameter_names(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> dict[torch.Tensor, str]:
+    """Name every parameter once; of a tied one the first name counts.
+
+    Args:
+        named_parameters: As ``model.named_parameters()`` gives them.
+
+    Raises:
+        IncompatibleError: Two parameters have one name.
+    """
+    names: dict[torch.Tensor, str] = {}
+    taken: set[str] = set()
+    for fqn, parameter in named_parameters:
+        if parameter in names:
+            continue
+        if fqn in taken:
+            raise IncompatibleError("two parameters have one name", kind="duplicate-parameter-name", fqn=fqn)
+        names[parameter] = fqn
+        taken.add(fqn)
+    return names
+
+
+def unwrap_optimizer(optimizer: object) -> Optimizer:
+    """The torch optimizer inside wrappers that keep it in ``.optimizer``.
+
+    Raises:
+        UnsupportedError: There is none, or a wrapper has state of its own, which would be lost.
+
+    Source:
+        accelerate 1.15.0, optimizer.py: AcceleratedOptimizer is an Optimizer whose ``state`` is its inner one's.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    if inner is None or inner is optimizer:
+        if isinstance(optimizer, Optimizer):
+            return optimizer
+        raise _unsupported_optimizer("not a torch optimizer", optimizer)
+    found = unwrap_optimizer(inner)
+    if getattr(optimizer, "state", found.state) is not found.state:
+        raise _unsupported_optimizer("a wrapper with state of its own", optimizer)
+    return found
+
+
+def _unsupported_optimizer(what: str, found: object) -> UnsupportedError:
+    return UnsupportedError(
+        f"cannot save this optimizer: it is {what}",
+        kind="optimizer-type",
+        expected="a torch.optim.Optimizer, or one in .optimizer of a wrapper",
+        found=_class_path(found),
+    )
+
+
+def optimizer_class(optimizer: Optimizer) -> str:
+    """Class of the optimizer, as it stands in the manifest: ``torch.optim.adamw.AdamW``."""
+    return _class_path(unwrap_optimizer(optimizer))
+
+
+def _class_path(instance: object) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
+
+
+def state_key(fqn: str, leaf: str) -> str:
+    """Name of a leaf in a file.
+
+    Source:
+        torch 2.13, distributed/checkpoint/state_dict.py (_flatten_optim_state_dict): ``state.<fqn>.<state name>``.
+    """
+    return f"state.{fqn}.{leaf}"
+
+
+def split_state_key(key: str) -> tuple[str, str]:
+    """(fqn, leaf) of a name in a file; inverse of ``state_key``, since there is no ``.`` in a leaf.
+
+    Raises:
+        IncompatibleError: Not such a name.
+    """
+    prefix, _, rest = key.partition(".")
+    fqn, _, leaf = rest.rpartition(".")
+    if prefix != "state" or not fqn or not leaf:
+        raise IncompatibleError(
+            "not a name of optimizer state", kind="state-key", fqn=key, expected="state.<fqn>.<state name>"
+        )
+    return fqn, leaf
+
+
+def read_state(optimizer: Optimizer, names: ParameterNames) -> dict[str, ParameterState]:
+    """The state of every parameter the optimizer has.
+
+    State that is left over from parameters which are in no group any more is not read: no step will use it.
+
+    Args:
+        optimizer: Not changed.
+        names: At least the optimizer's parameters; see ``parameter_names``.
+
+    Returns:
+        fqn -> state, in the optimizer's order. Empty for a parameter that has none (frozen, or no gradient yet).
+
+    Raises:
+        IncompatibleError: A parameter has no name.
+        UnsupportedError: A value that a file cannot hold.
+    """
+    for key in optimizer.state:
+        if not isinstance(key, torch.Tensor):
+            raise UnsupportedError(
+                "cannot save optimizer state that belongs to no parameter",
+                kind="optimizer-state-type",
+                expected="state of parameters alone",
+                found=f"state[{key!r}]",
+            )
+    result = {}
+    for group in named_groups(optimizer, names):
+        for fqn, parameter in group:
+            # .get: the state is a defaultdict, and reading must not add to it.
+            tensors, notes = flatten_state(optimizer.state.get(parameter, {}), fqn)
+            result[fqn] = ParameterState(tensors=tensors, notes=notes)
+    return result
+
+
+def read_groups(optimizer: Optimizer, names: ParameterNames) -> tuple[ParameterGroup, ...]:
+    """The optimizer's groups: parameters by name, options as JSON.
+
+    Raises:
+        IncompatibleError: A parameter has no name.
+        UnsupportedError: An option that JSON and our tags cannot say.
+    """
+    named = named_groups(optimizer, names)
+    return tuple(
+        ParameterGroup(
+            parameters=tuple(fqn for fqn, _ in named[index]),
+            options={name: _encode(value, name, index) for name, value in _options(group)},
+        )
+        for index, group in enumerate(optimizer.param_groups)
+    )
+
+
+def _encode(value: object, name: str, index: int) -> object:
+    try:
+        return encode_option(value)
+    except UnsupportedError as err:
+        raise UnsupportedError(
+            f"cannot save option {name!r} of optimizer group {index}", kind="option-type", found=err.found
+        ) from err
+
+
+def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    # torch writes param_names where the user gave names; ours are the model's.
+    return ((name, value) for name, value in group.items() if name not in ("params", "param_names"))
+
+
+def named_groups(optimizer: Optimizer, names: ParameterNames) -> list[list[tuple[str, torch.Tensor]]]:
+    """(fqn, parameter) of each parameter of each group.
+
+    Raises:
+        IncompatibleError: A parameter has no name.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise IncompatibleError(
+                    f"optimizer group {index} has a parameter that the model does not name",
+                    kind="unnamed-parameter",
+                    expected="parameters of the model",
+                    found=f"a parameter of shape {list(parameter.shape)}",
+                    hint="build the optimizer from this model's own parameters, after the last change of the model",
+                )
+    return [[(names[p], p) for p in group["params"]] for group in optimizer.param_groups]
+
+
+def update_count(state: ParameterState) -> int | None:
+    """How many updates the parameter got, by its own ``step``; None if the optimizer does not count.
+
+    Waits for the device where ``step`` is there (fused, capturable).
+    """
+    step = state.tensors.get("step")
+    return int(step.item()) if step is not None and step.numel() == 1 else None
+
+
+def layer_update_count(states: Iterable[ParameterState]) -> int | None:
+    """The largest update count among a layer's parameters; None if none of them counts."""
+    return max((count for count in map(update_count, states) if count is not None), default=None)
+
+
+def load_groups(optimizer: Optimizer, names: ParameterNames, groups: Sequence[ParameterGroup]) -> None:
+    """Set each group's options to those its parameters were saved with.
+
+    An option the saved group lacks keeps its value. A tensor (``lr`` of a compiled or captured step) is written in
+    place where there is one of the same kind, so that what holds on to it sees the value; unless several groups
+    share it, as they do after ``Adam(groups, lr=tensor)``: then each group gets its own.
+
+    Args:
+        optimizer: Its groups may be other than the saved ones. Call before ``load_parameter_state``.
+        names: At least its parameters.
+        groups: As saved; ``check_state`` has passed them.
+    """
+    saved_of = {fqn: group for group in groups for fqn in group.parameters}
+    decoded = []
+    for live, group in zip(named_groups(optimizer, names), optimizer.param_groups, strict=True):
+        saved = saved_of[live[0][0]].options if live else {}
+        decoded.append((group, {name: decode_option(value) for name, value in saved.items()}))
+    for group, options in decoded:
+        for name, value in options.items():
+            target = group.get(name)
+            if isinstance(target, torch.Tensor) and isinstance(value, torch.Tensor):
+                value = _write_option(optimizer, name, target, value)
+            group[name] = value
+
+
+def _write_option(optimizer: Optimizer, name: str, target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The tensor to keep as the option: ``target`` with the new value, or a new one where that would be wrong."""
+    shared = sum(group.get(name) is target for group in optimizer.param_groups) > 1
+    if shared or (target.dtype, target.shape) != (value.dtype, value.shape):
+        return value.to(target.device)
+    with torch.no_grad():
+        return target.copy_(value)
+
+
+def load_parameter_state(
+    optimizer: Optimizer,
+    parameter: torch.Tensor,
+    fqn: str,
+    tensors: Mapping[str, torch.Tensor],
+    notes: Mapping[str, Note],
+) -> None:
+    """Replace what an optimizer remembers of one parameter.
+
+    Exactly: element types are never cast. torch's own ``load_state_dict`` casts floating state to the parameter's
+    type, which cuts fp32 moments of bf16 parameters to bf16.
+
+    Args:
+        optimizer: ``load_groups`` has set its options, which decide where ``step`` belongs.
+        parameter: One of its parameters.
+        fqn: Its name.
+        tensors: By leaf; any device; copied. No leaf and no note: the parameter has no state.
+        notes: By leaf.
+
+    Raises:
+        FormatError: Tensors and notes do not fit together; nothing was changed.
+
+    Source:
+        torch 2.13, optim/optimizer.py (_process_value_according_to_param_policy): all on the parameter's device,
+        but ``step`` where it is, unless the group is capturable or fused.
+    """
+
+    def place(leaf: str, tensor: torch.Tensor) -> torch.Tensor:
+        stays = leaf == "step" and not _steps_on_device(optimizer, parameter)
+        return _copy_to(torch.device("cpu") if stays else parameter.device, tensor, parameter)
+
+    state = restore_state(tensors, notes, fqn, place)
+    if state:
+        optimizer.state[parameter] = state
+    else:
+        optimizer.state.pop(parameter, None)
+
+
+def _steps_on_device(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
+    if parameter.device.type == "cpu":
+        return False
+    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    return bool(group.get("capturable") or group.get("fused"))
+
+
+def _copy_to(device: torch.device, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    # Laid out as torch makes it (zeros_like), for kernels are fastest and sums the same where strides are the same.
+    if tensor.shape == parameter.shape and why_not_plain(parameter) is None:
+        target = torch.empty_like(parameter, dtype=tensor.dtype, device=device, requires_grad=False)
+    else:
+        target = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return target.copy_(tensor.detach())
