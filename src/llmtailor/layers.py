@@ -49,6 +49,7 @@ __all__ = [
     "find_ties",
     "map_module",
     "map_names",
+    "named_tensors",
 ]
 
 _Path: TypeAlias = tuple[str, ...]
@@ -187,12 +188,12 @@ def find_ties(module: nn.Module) -> dict[str, str]:
     Raises:
         IncompatibleError: Two different tensors have one canonical name.
     """
+    return _ties_among(named_tensors(module))
+
+
+def _ties_among(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     firsts: dict[int, str] = {}
-    return {
-        name: firsts[id(tensor)]
-        for name, tensor in _named_tensors(module).items()
-        if firsts.setdefault(id(tensor), name) != name
-    }
+    return {name: firsts[id(tensor)] for name, tensor in tensors.items() if firsts.setdefault(id(tensor), name) != name}
 
 
 def map_module(
@@ -207,8 +208,9 @@ def map_module(
         InvalidInputError: As ``map_names``.
         IncompatibleError: Two different tensors have one canonical name.
     """
-    ties = find_ties(module)
-    shapes = {name: tuple(tensor.shape) for name, tensor in _named_tensors(module).items() if name not in ties}
+    tensors = named_tensors(module)
+    ties = _ties_among(tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in ties}
     return LayerMap(map_names(shapes, split_experts=split_experts, overrides=overrides).layers, ties)
 
 
@@ -460,10 +462,13 @@ def _rules(overrides: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
             yield layer, glob
 
 
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Canonical name -> parameter or persistent buffer, in the order of ``state_dict``, later names of ties included.
 
     Not ``state_dict()`` itself: its hooks may gather a sharded model, and it forgets which tensors are one object.
+
+    Raises:
+        IncompatibleError: Two different tensors have one canonical name.
     """
     tensors: dict[str, Tensor] = {}
     for path, owner in module.named_modules(remove_duplicate=False):

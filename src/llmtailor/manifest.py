@@ -300,6 +300,8 @@ def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
             "the manifest is cut off or changed: its closing digest is missing",
             kind="manifest-trailer",
             path=path,
+            expected='a last line "digest": "xxh3_128:..."',
+            found=ascii(text[-60:].decode("utf-8", "replace")) if text else "an empty file",
             hint=_HINT,
         )
     body = text[: trailer.start()]
@@ -330,7 +332,8 @@ def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
             f"the manifest breaks the specification at {where}: {first['msg']}",
             kind="manifest-schema",
             path=path,
-            found=str(first.get("input"))[:200] if first["loc"] else None,
+            expected=f"version {FORMAT_VERSION} of the checkpoint format",
+            found=ascii(first.get("input"))[:200] if first["loc"] else "see above",
             hint=_HINT,
         ) from err
 

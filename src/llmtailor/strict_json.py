@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def parse_object(text: bytes, *, what: str, path: Path | str) -> dict[str, Any]:
         path: Where it was read.
 
     Raises:
-        FormatError: Not JSON, not UTF-8, not an object, nested too deeply, a duplicate key, NaN or Infinity.
+        FormatError: Not JSON, not UTF-8, not an object, nested too deeply, a duplicate key, NaN, Infinity or a
+            number too large for a float.
     """
 
     def refuse(detail: str) -> FormatError:
@@ -37,8 +39,19 @@ def parse_object(text: bytes, *, what: str, path: Path | str) -> dict[str, Any]:
     def refuse_constant(name: str) -> None:
         raise refuse(f"{name} is not JSON")
 
+    def parse_float(digits: str) -> float:
+        number = float(digits)
+        if not math.isfinite(number):
+            raise refuse(f"{digits[:80]} is out of range")
+        return number
+
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=pairs_to_dict, parse_constant=refuse_constant)
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=pairs_to_dict,
+            parse_constant=refuse_constant,
+            parse_float=parse_float,
+        )
     except FormatError:
         raise
     except RecursionError as err:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import TypeAlias
 
 import xxhash
 
@@ -15,7 +17,10 @@ from .errors import FormatError, IntegrityError, NotFoundError
 from .formats.safetensors import Header, OpenFile, open_file
 from .manifest import MANIFEST_NAME, FileRecord, LayerRecord, Manifest, TensorRecord, decode_manifest, digest_of
 
-__all__ = ["Problem", "VerifyReport", "open_verified", "read_manifest", "verify_checkpoint"]
+__all__ = ["FileState", "Problem", "VerifyReport", "open_verified", "read_manifest", "verify_checkpoint"]
+
+FileState: TypeAlias = tuple[int, int, int, int]
+"""Device, inode, size and time of change: while these stay, so do the bytes."""
 
 _CHUNK_NBYTES = 8 * 2**20
 # A manifest has some 200 bytes a tensor; this is a million tensors.
@@ -48,7 +53,7 @@ class VerifyReport:
     """None if the manifest itself is bad."""
     num_files: int
     nbytes: int
-    """Bytes read."""
+    """Bytes checked."""
     problems: tuple[Problem, ...]
     unlisted: tuple[str, ...]
     """Files the manifest does not name; they are not part of the checkpoint."""
@@ -102,7 +107,12 @@ def read_manifest(checkpoint: Path) -> tuple[Manifest, str]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_MANIFEST_NBYTES:
             raise FormatError(
-                "the manifest is not a regular file of sane size", kind="not-regular", path=path, found=status.st_size
+                "the manifest is not a regular file of sane size",
+                kind="not-regular",
+                path=path,
+                expected=f"a regular file of at most {_MAX_MANIFEST_NBYTES} bytes",
+                found=f"{stat.filemode(status.st_mode)}, {status.st_size} bytes",
+                hint="the checkpoint was tampered with; resume from another one",
             )
         manifest, digest = decode_manifest(file.read(), path)
     return manifest, digest
@@ -118,7 +128,14 @@ def _describe_directory(path: Path) -> str:
 def _refuse_file(path: Path, err: OSError) -> Exception:
     if err.errno in _DEVICE_ERRORS:
         return err
-    return FormatError(f"cannot open the file: {err.strerror}", kind="not-regular", path=path)
+    return FormatError(
+        f"cannot open the file: {err.strerror}",
+        kind="not-regular",
+        path=path,
+        expected="a regular file that may be read",
+        found=err.strerror,
+        hint="check its permissions; a checkpoint holds no symbolic links",
+    )
 
 
 def open_verified(checkpoint: Path, record: FileRecord) -> OpenFile:
@@ -141,7 +158,12 @@ def open_verified(checkpoint: Path, record: FileRecord) -> OpenFile:
     return opened
 
 
-def verify_checkpoint(checkpoint: Path, *, on_file: Callable[[FileRecord], None] = lambda record: None) -> VerifyReport:
+def verify_checkpoint(
+    checkpoint: Path,
+    *,
+    on_file: Callable[[FileRecord], None] = lambda record: None,
+    digests: MutableMapping[FileState, str] | None = None,
+) -> VerifyReport:
     """Check every file of a checkpoint against its manifest, and every layer file against the model schema.
 
     All problems are collected. A failing device (``EIO``) is raised as it is: it says nothing about the checkpoint.
@@ -149,6 +171,8 @@ def verify_checkpoint(checkpoint: Path, *, on_file: Callable[[FileRecord], None]
     Args:
         checkpoint: The directory.
         on_file: Called before each file is read, for a progress bar.
+        digests: Of files read before, filled as more are read: pass the same one for several checkpoints of a run, and
+            a file that they share is read once.
 
     Raises:
         NotFoundError: There is no checkpoint.
@@ -163,7 +187,7 @@ def verify_checkpoint(checkpoint: Path, *, on_file: Callable[[FileRecord], None]
     for layer, record in _files_by_layer(manifest):
         on_file(record)
         try:
-            _verify_file(checkpoint, record)
+            _verify_file(checkpoint, record, {} if digests is None else digests)
             if layer is not None:
                 _verify_header(checkpoint, manifest, layer, record)
         except (FormatError, NotFoundError) as err:
@@ -204,7 +228,7 @@ def _verify_name(checkpoint: Path, manifest: Manifest) -> Iterator[Problem]:
         )
 
 
-def _verify_file(checkpoint: Path, record: FileRecord) -> None:
+def _verify_file(checkpoint: Path, record: FileRecord, digests: MutableMapping[FileState, str]) -> None:
     path = checkpoint / record.path
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -220,12 +244,18 @@ def _verify_file(checkpoint: Path, record: FileRecord) -> None:
             raise IntegrityError(
                 "the file has another size", kind="file-size", path=path, expected=record.bytes, found=status.st_size
             )
-        digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(_CHUNK_NBYTES, max(1, record.bytes))))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    found = f"xxh3_128:{digest.hexdigest()}"
+        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        found = digests.get(state) or _digest_file(file, status.st_size)
+    digests[state] = found
     if found != record.digest:
         raise IntegrityError("the file's bytes changed", kind="digest", path=path, expected=record.digest, found=found)
+
+
+def _digest_file(file: FileIO, nbytes: int) -> str:
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(_CHUNK_NBYTES, max(1, nbytes))))
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
+    return f"xxh3_128:{digest.hexdigest()}"
 
 
 def _verify_header(checkpoint: Path, manifest: Manifest, layer: LayerRecord, record: FileRecord) -> None:

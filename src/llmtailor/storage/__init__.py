@@ -2,7 +2,16 @@
 
 from .filesystem import FreeSpace, LocalFileSystem
 from .lock import RunLock
-from .run_directory import CheckpointEntry, RunDirectory, checkpoint_name, list_checkpoints, newest_step_seen
+from .run_directory import (
+    CheckpointEntry,
+    RunDirectory,
+    SetAsideEntry,
+    checkpoint_name,
+    list_attempts,
+    list_checkpoints,
+    list_set_aside,
+    newest_step_seen,
+)
 from .staging import StagedCheckpoint
 
 __all__ = [
@@ -11,8 +20,11 @@ __all__ = [
     "LocalFileSystem",
     "RunDirectory",
     "RunLock",
+    "SetAsideEntry",
     "StagedCheckpoint",
     "checkpoint_name",
+    "list_attempts",
     "list_checkpoints",
+    "list_set_aside",
     "newest_step_seen",
 ]

@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ _COPY_CHUNK_NBYTES = 8 * 2**20
 class FreeSpace:
     """Room on a file system for an unprivileged writer."""
 
-    nbytes: int
+    nbytes: int | None
+    """None where the file system does not say (ramfs, some in user space)."""
     inodes: int | None
     """None where the file system does not count inodes."""
 
@@ -34,8 +36,8 @@ class LocalFileSystem:
     """Thin, stateless calls to the kernel. Every method raises plain ``OSError``."""
 
     def make_directory(self, path: Path) -> None:
-        """Create a directory; its parent must exist, it must not."""
-        os.mkdir(path, 0o755)
+        """Create a directory; its parent must exist, it must not. Who may enter it is for the umask to say."""
+        os.mkdir(path)
 
     def create(self, path: Path) -> int:
         """Create a file that does not exist, for writing; it is read-only for everybody else from the start."""
@@ -95,20 +97,20 @@ class LocalFileSystem:
 
         self._fill(source, target, copy_bytes)
 
-    def _fill(self, source: Path, target: Path, fill: object) -> None:
+    def _fill(self, source: Path, target: Path, fill: Callable[[int, int], object]) -> None:
         reader = self.open_for_reading(source)
         try:
             writer = self.create(target)
             try:
-                fill(reader, writer)  # type: ignore[operator]
-                os.fsync(writer)
+                fill(reader, writer)
+                self.fsync(writer)
             except BaseException:
-                os.unlink(target)
+                self.remove_file(target)
                 raise
             finally:
-                os.close(writer)
+                self.close(writer)
         finally:
-            os.close(reader)
+            self.close(reader)
 
     def rename(self, source: Path, target: Path) -> None:
         """Move a directory to a name that is free; ``OSError(EEXIST)`` if it is taken.
@@ -128,6 +130,10 @@ class LocalFileSystem:
         finally:
             os.close(descriptor)
 
+    def remove_file(self, path: Path) -> None:
+        """Remove one name of a file."""
+        os.unlink(path)
+
     def remove_tree(self, path: Path) -> None:
         """Remove a directory and everything in it."""
         shutil.rmtree(path)
@@ -139,4 +145,7 @@ class LocalFileSystem:
     def free_space(self, path: Path) -> FreeSpace:
         """Room left on the file system of a path."""
         status = os.statvfs(path)
-        return FreeSpace(nbytes=status.f_bavail * status.f_frsize, inodes=status.f_favail if status.f_files else None)
+        return FreeSpace(
+            nbytes=status.f_bavail * status.f_frsize if status.f_blocks else None,
+            inodes=status.f_favail if status.f_files else None,
+        )

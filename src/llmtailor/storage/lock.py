@@ -52,12 +52,15 @@ class RunLock:
                 "another process is writing this run",
                 kind="locked",
                 path=path,
+                expected="no other writer",
                 found=_describe(holder),
                 hint="wait for it, stop it, or write to another directory",
             ) from err
         self._descriptor = descriptor
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        # Only a note for whoever is refused: a full disk must not stop a resume.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
         _HELD.add(self)
 
     @property
@@ -75,7 +78,7 @@ def _describe(holder: bytes) -> str:
     try:
         fields = json.loads(holder)
         return f"held by process {int(fields['pid'])} on host {str(fields['host'])[:255]}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "held by a process that has not written its name yet"
 
 

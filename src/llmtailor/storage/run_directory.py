@@ -11,12 +11,16 @@ Reading needs no lock; ``open_for_writing`` takes it. Nothing is deleted but by 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
+import stat
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..errors import NotFoundError, SupersededWarning, WriteError
 from ..manifest import MANIFEST_NAME
@@ -24,13 +28,25 @@ from .filesystem import LocalFileSystem
 from .lock import RunLock
 from .staging import StagedCheckpoint, translate_os_errors
 
-__all__ = ["CheckpointEntry", "RunDirectory", "checkpoint_name", "list_checkpoints", "newest_step_seen"]
+__all__ = [
+    "CheckpointEntry",
+    "RunDirectory",
+    "SetAsideEntry",
+    "checkpoint_name",
+    "list_attempts",
+    "list_checkpoints",
+    "list_set_aside",
+    "newest_step_seen",
+]
 
 _STAGING_NAME = ".staging"
 _LOCK_NAME = "lock"
 _REASON_NAME = "tailor-reason.txt"
-_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d*)")
-_SET_ASIDE = re.compile(r"checkpoint-(0|[1-9]\d*)\.bad(-\d+)?")
+# Not \d, which takes the digits of every script.
+_CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_SET_ASIDE = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.bad(-[0-9]+)?")
+_ANY_SET_ASIDE = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.(bad|superseded)(?:-([0-9]+))?")
+_MAX_REASON_NBYTES = 4096
 # Directories, index, manifest and the trainer's small files, beyond what the caller says it will write.
 _SPARE_NBYTES = 2**20
 _SPARE_INODES = 32
@@ -46,6 +62,17 @@ class CheckpointEntry:
     """False for a checkpoint of another tool, or the remains of one."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAsideEntry:
+    """A directory that was a checkpoint and is none any more."""
+
+    path: Path
+    step: int
+    kind: Literal["bad", "superseded"]
+    reason: str | None
+    """What the quarantine noted down, its beginning; None if it left no note."""
+
+
 def checkpoint_name(step: int) -> str:
     """``checkpoint-<step>``."""
     return f"checkpoint-{step}"
@@ -56,19 +83,64 @@ def list_checkpoints(run: Path) -> list[CheckpointEntry]:
 
     Raises:
         NotFoundError: The run is not a directory.
+        OSError: The device failed.
     """
     try:
         names = os.listdir(run)
     except (FileNotFoundError, NotADirectoryError) as err:
         raise NotFoundError(
-            "no such run", kind="missing-run", path=run, hint="give the directory that holds checkpoint-<step>"
+            "no such run",
+            kind="missing-run",
+            path=run,
+            expected="a directory that holds checkpoint-<step>",
+            found="a file" if run.exists() else "nothing",
+            hint="check the path; llmtailor ls <run> lists the checkpoints of a run",
         ) from err
     entries = [
-        CheckpointEntry(path=run / name, step=int(match.group(1)), has_manifest=(run / name / MANIFEST_NAME).is_file())
+        CheckpointEntry(
+            path=run / name, step=int(match.group(1)), has_manifest=_is(stat.S_ISREG, run / name / MANIFEST_NAME)
+        )
         for name in names
-        if (match := _CHECKPOINT.fullmatch(name)) and (run / name).is_dir()
+        if (match := _CHECKPOINT.fullmatch(name)) and _is(stat.S_ISDIR, run / name)
     ]
     return sorted(entries, key=lambda entry: entry.step)
+
+
+def _is(kind: Callable[[int], bool], path: Path) -> bool:
+    """``Path.is_file`` and ``is_dir``, but a failing device is not "no": it says nothing about what is there."""
+    try:
+        return kind(os.stat(path).st_mode)
+    except OSError as err:
+        if err.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return False
+        raise
+
+
+def list_set_aside(run: Path) -> list[SetAsideEntry]:
+    """Quarantined and superseded checkpoints of a run, oldest step first."""
+    matches = ((_ANY_SET_ASIDE.fullmatch(name), run / name) for name in os.listdir(run))
+    found = [(int(match[1]), match[2], int(match[3] or 1), path) for match, path in matches if match and path.is_dir()]
+    return [
+        SetAsideEntry(path=path, step=step, kind="bad" if kind == "bad" else "superseded", reason=_read_reason(path))
+        for step, kind, _, path in sorted(found)
+    ]
+
+
+def _read_reason(path: Path) -> str | None:
+    # Only a note: whatever stands there instead of it must not stop a listing, nor hang it.
+    try:
+        descriptor = os.open(path / _REASON_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read(_MAX_REASON_NBYTES).decode("utf-8", "replace").strip() or None
+    except OSError:
+        return None
+
+
+def list_attempts(run: Path) -> list[Path]:
+    """Directories of saves and removals that are under way, or were when their process died."""
+    staging = run / _STAGING_NAME
+    names = sorted(os.listdir(staging)) if staging.is_dir() else []
+    return [staging / name for name in names if name != _LOCK_NAME]
 
 
 def newest_step_seen(run: Path) -> int | None:
@@ -90,13 +162,32 @@ class RunDirectory:
         self._filesystem = filesystem or LocalFileSystem()
         self._staging = path / _STAGING_NAME
         with translate_os_errors("make the run's directory", path):
-            self._staging.mkdir(parents=True, exist_ok=True)
+            self._make_directories(self._staging)
         self._lock = RunLock(self._staging / _LOCK_NAME)
-        self._sweep()
+        try:
+            self._sweep()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _make_directories(self, path: Path) -> None:
+        """``mkdir -p``, durable: a checkpoint is no safer than the names of the directories above it."""
+        if path.is_dir():
+            return
+        if path.parent != path:
+            self._make_directories(path.parent)
+        try:
+            self._filesystem.make_directory(path)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+        self._filesystem.fsync_directory(path.parent)
 
     def _sweep(self) -> None:
         """Remove what dead writers left; we hold the lock, so nobody live owns any of it."""
-        for name in os.listdir(self._staging):
+        with translate_os_errors("sweep what dead writers left", self._staging):
+            names = os.listdir(self._staging)
+        for name in names:
             if name != _LOCK_NAME:
                 with contextlib.suppress(OSError):
                     self._filesystem.remove_tree(self._staging / name)
@@ -114,7 +205,7 @@ class RunDirectory:
         """
         with translate_os_errors("start a checkpoint", self.path):
             free = self._filesystem.free_space(self._staging)
-        if free.nbytes < nbytes + _SPARE_NBYTES:
+        if free.nbytes is not None and free.nbytes < nbytes + _SPARE_NBYTES:
             raise self._no_room(step, f"{nbytes + _SPARE_NBYTES} bytes free", f"{free.nbytes} bytes free")
         if free.inodes is not None and free.inodes < num_files + _SPARE_INODES:
             raise self._no_room(step, f"{num_files + _SPARE_INODES} inodes free", f"{free.inodes} inodes free")

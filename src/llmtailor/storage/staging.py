@@ -1,10 +1,10 @@
 """One attempt at a checkpoint: new files and links in a private directory, made durable, then published by a rename.
 
-    open -- write_file | link_file | adopt_rest --> filled -- publish --> published
-      \\________________________ abandon ________________________/--> gone
+    open -- write_file | link_file | adopt_rest --> filled -- seal --> durable -- publish --> published
+      \\______________________________ abandon ________________________________/--> gone
 
 Whatever goes wrong ends the attempt: nothing is retried, no file is fsynced twice, nothing older was touched.
-The order of ``publish`` is the protocol of the specification, section 5; do not reorder it.
+The order of ``seal`` and ``publish`` is the protocol of the specification, section 5; do not reorder it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import xxhash
 
-from ..errors import IntegrityError, LinkFallbackWarning, NotFoundError, WriteError
+from ..errors import IntegrityError, LinkFallbackWarning, NotFoundError, TailorError, WriteError
 from ..manifest import MANIFEST_NAME, FileRecord
 from .filesystem import LocalFileSystem
 
@@ -45,7 +47,7 @@ def translate_os_errors(what: str, path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except WriteError:
+    except TailorError:
         raise
     except OSError as err:
         kind, hint = "io", "look at the system's log; older checkpoints were not touched"
@@ -55,6 +57,31 @@ def translate_os_errors(what: str, path: Path) -> Iterator[None]:
             kind, hint = "read-only", "make the run's directory writable; older checkpoints were not touched"
         where = err.filename or path
         raise WriteError(f"cannot {what}: {err.strerror or err}", kind=kind, path=where, hint=hint) from err
+
+
+def _check_source(record: FileRecord, source: Path) -> None:
+    """A file may be linked if it is the file that was recorded, as far as can be told without reading it."""
+    with translate_os_errors("link a file of a checkpoint", source):
+        try:
+            status = os.stat(source, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError) as err:
+            raise NotFoundError(
+                "a file to link is gone",
+                kind="missing-file",
+                path=source,
+                expected=f"a file of {record.bytes} bytes",
+                found="nothing",
+                hint="the next save writes the layer in full",
+            ) from err
+    if not stat.S_ISREG(status.st_mode) or status.st_size != record.bytes:
+        raise IntegrityError(
+            "a file to link is not the file that was published",
+            kind="file-size" if stat.S_ISREG(status.st_mode) else "not-regular",
+            path=source,
+            expected=f"{record.bytes} bytes",
+            found=f"{status.st_size} bytes, {stat.filemode(status.st_mode)}",
+            hint="the next save writes the layer in full",
+        )
 
 
 class StagedCheckpoint:
@@ -118,18 +145,11 @@ class StagedCheckpoint:
 
         Raises:
             NotFoundError: The earlier file is gone.
-            IntegrityError: It has another size than recorded.
+            IntegrityError: It has another size than recorded, or is no regular file.
             WriteError: It can be neither linked nor copied.
         """
         path = self._prepare(record.path)
-        try:
-            found = os.stat(source, follow_symlinks=False).st_size
-        except FileNotFoundError as err:
-            raise NotFoundError("a file to link is gone", kind="missing-file", path=source) from err
-        if found != record.bytes:
-            raise IntegrityError(
-                "a file to link has another size", kind="file-size", path=source, expected=record.bytes, found=found
-            )
+        _check_source(record, source)
         with translate_os_errors("link a file of a checkpoint", path):
             try:
                 self._filesystem.link(source, path)
@@ -152,14 +172,18 @@ class StagedCheckpoint:
         """Take in every file somebody else put under ``path``: digest, make read-only, and sync with the others.
 
         Raises:
-            WriteError: One cannot be read, or is not a regular file with a single name.
+            WriteError: One cannot be read, has a name a manifest may not hold, or is not a regular file with a single
+                name.
         """
         records = []
-        for directory, _, files in os.walk(self.path):
-            for file in files:
-                name = (Path(directory) / file).relative_to(self.path).as_posix()
-                if name not in self._names:
-                    records.append(self._adopt(name))
+        with translate_os_errors("take in the files of a checkpoint", self.path):
+            for directory, directories, files in os.walk(self.path, onerror=_raise):
+                # A link to a directory is listed as a directory and not entered; what it names would be left out.
+                links = [name for name in directories if os.path.islink(os.path.join(directory, name))]
+                for file in sorted([*files, *links]):
+                    name = (Path(directory) / file).relative_to(self.path).as_posix()
+                    if name not in self._names:
+                        records.append(self._adopt(name))
         return tuple(sorted(records, key=lambda record: record.path))
 
     def _adopt(self, name: str) -> FileRecord:
@@ -174,13 +198,20 @@ class StagedCheckpoint:
                 digest.update(chunk)
                 nbytes += len(chunk)
             self._filesystem.make_read_only(descriptor)
-        return FileRecord(path=name, bytes=nbytes, digest=f"xxh3_128:{digest.hexdigest()}")
+        try:
+            return FileRecord(path=name, bytes=nbytes, digest=f"xxh3_128:{digest.hexdigest()}")
+        except ValueError as err:
+            raise WriteError(
+                "cannot take in a file of a checkpoint: a manifest cannot hold its name",
+                kind="file-name",
+                path=self.path,
+                expected="no leading dot, no backslash, no control character, UTF-8, at most 1024 characters",
+                found=ascii(name),
+                hint="whoever writes the small files must name it otherwise or leave it out",
+            ) from err
 
-    def publish(self, manifest: bytes) -> Path:
-        """Make everything durable, write the manifest, and give the checkpoint its name.
-
-        Returns:
-            The directory of the published checkpoint. The caller still has to fsync the run.
+    def seal(self, manifest: bytes) -> None:
+        """Write the manifest and make everything durable; all that can fail for want of space is done then.
 
         Raises:
             WriteError: Nothing was published.
@@ -189,10 +220,21 @@ class StagedCheckpoint:
         chunk = memoryview(manifest)
         self._write(MANIFEST_NAME, [chunk], chunk.nbytes)
         self._fsync_files()
-        with translate_os_errors("publish a checkpoint", self._target):
+        with translate_os_errors("make a checkpoint durable", self.path):
             for directory in sorted(self._directories, key=lambda path: len(path.parts), reverse=True):
                 self._filesystem.fsync_directory(directory)
             self._filesystem.fsync_directory(self.path)
+
+    def publish(self) -> Path:
+        """Give a sealed checkpoint its name.
+
+        Returns:
+            The directory of the published checkpoint. The caller still has to fsync the run.
+
+        Raises:
+            WriteError: Nothing was published.
+        """
+        with translate_os_errors("publish a checkpoint", self._target):
             self._filesystem.rename(self.path, self._target)
         # Published: what is left is an empty directory, and the next sweep takes it if this does not.
         with contextlib.suppress(OSError):
@@ -239,3 +281,7 @@ class StagedCheckpoint:
             except OSError as err:
                 fault = fault or err
         return fault
+
+
+def _raise(err: OSError) -> NoReturn:
+    raise err

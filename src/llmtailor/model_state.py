@@ -1,0 +1,134 @@
+"""A model's parameters and buffers by name: its schema, its live tensors, and putting saved ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import IncompatibleError, UnsupportedError
+from .layers import LayerMap, map_module, named_tensors
+from .manifest import TensorRecord
+from .tensor_bytes import meta_of
+
+__all__ = ["ModelState", "check_model", "is_adapted", "read_model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelState:
+    """What of a model is saved."""
+
+    layers: LayerMap
+    records: tuple[TensorRecord, ...]
+    """The schema, in model order; tied names included."""
+    tensors: Mapping[str, torch.Tensor]
+    """fqn -> the live tensor (no copy); tied names left out."""
+
+    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """fqn and parameter, ties left out, in model order."""
+        for fqn, tensor in self.tensors.items():
+            if isinstance(tensor, torch.nn.Parameter):
+                yield fqn, tensor
+
+
+def is_adapted(module: torch.nn.Module) -> bool:
+    """True for a model wrapped by PEFT: only what it trains is saved, the base model is not ours to copy.
+
+    Source: peft 0.21, peft_model.py (PeftModel.peft_config, get_base_model).
+    """
+    return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
+
+
+def read_model(
+    module: torch.nn.Module, *, split_experts: bool = False, overrides: Mapping[str, Sequence[str]] | None = None
+) -> ModelState:
+    """Read the schema and the live tensors of a model; copies nothing.
+
+    Args:
+        module: The bare model (unwrapped from DistributedDataParallel); ``torch.compile`` wrappers are seen through.
+        split_experts: As in ``layers.map_module``.
+        overrides: As in ``layers.map_module``.
+
+    Raises:
+        UnsupportedError: A tensor is no plain dense tensor (a subclass, sparse, on the meta device), a module has
+            ``get_extra_state``, or there is nothing to save.
+    """
+    layers = map_module(module, split_experts=split_experts, overrides=overrides)
+    _refuse_extra_state(module)
+    trained_only = is_adapted(module)
+    records: list[TensorRecord] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for fqn, tensor in named_tensors(module).items():
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        if trained_only and not (is_parameter and tensor.requires_grad):
+            continue
+        tied_to = layers.ties.get(fqn)
+        meta = meta_of(tensor)
+        records.append(
+            TensorRecord(
+                fqn=fqn,
+                kind="parameter" if is_parameter else "buffer",
+                layer=layers.layer_of(fqn).name,
+                dtype=meta.dtype,
+                shape=meta.shape,
+                trainable=is_parameter and tensor.requires_grad,
+                tied_to=tied_to,
+            )
+        )
+        if tied_to is None:
+            tensors[fqn] = tensor
+    if not tensors:
+        raise UnsupportedError(
+            "the model has nothing to save",
+            kind="empty-model",
+            found="no parameter that trains",
+            expected="one or more",
+        )
+    return ModelState(layers=layers, records=tuple(records), tensors=tensors)
+
+
+def _refuse_extra_state(module: torch.nn.Module) -> None:
+    """Source: torch 2.13, nn/modules/module.py (get_extra_state): what a module adds to its ``state_dict``."""
+    for name, owner in module.named_modules():
+        if type(owner).get_extra_state is not torch.nn.Module.get_extra_state:
+            raise UnsupportedError(
+                "a module keeps extra state that is neither a parameter nor a buffer",
+                kind="extra-state",
+                fqn=name,
+                found=type(owner).__qualname__,
+                hint="make it a persistent buffer, or save it with Run(..., state={...})",
+            )
+
+
+def check_model(state: ModelState, saved: Iterable[TensorRecord], *, path: object = None) -> None:
+    """Refuse a checkpoint of another model before anything is changed.
+
+    Raises:
+        IncompatibleError: Names, shapes, element types or ties differ; lists the first few of all.
+    """
+    live = {record.fqn: record for record in state.records}
+    theirs = {record.fqn: record for record in saved}
+    faults = []
+    for fqn in [*live, *(fqn for fqn in theirs if fqn not in live)]:
+        expected, found = (_describe(records.get(fqn)) for records in (live, theirs))
+        if expected != found:
+            faults.append((fqn, expected, found))
+    if faults:
+        fqn, expected, found = faults[0]
+        more = "".join(f"\n            {name}: model {ours}, checkpoint {other}" for name, ours, other in faults[1:6])
+        raise IncompatibleError(
+            f"the checkpoint is of another model: {len(faults)} of {len(live)} tensors differ",
+            kind="other-model",
+            path=None if path is None else str(path),
+            fqn=fqn,
+            expected=f"{expected}, as in the model",
+            found=f"{found}, in the checkpoint{more}",
+            hint="load it into the model it was saved from, with the same dtype; or give another run directory",
+        )
+
+
+def _describe(record: TensorRecord | None) -> str:
+    if record is None:
+        return "no such tensor"
+    return f"{record.kind} {record.meta}" + (f" tied to {record.tied_to}" if record.tied_to else "")
