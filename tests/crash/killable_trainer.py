@@ -1,0 +1,102 @@
+"""A process that forks trainers, to be killed by the test: torch is imported once, not once for each kill.
+
+Reads ``<strategy> <directory> <steps>`` lines; for each it forks a child that resumes the run and trains on, saving at
+every step. Prints the child's pid at once and ``ack <step>`` when a save is acknowledged; ``done <digest>`` at the end,
+the digest being of all weights and optimizer state; ``lost <text>`` if anything raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+
+import torch
+
+from llmtailor.integrations.torch_loop import Run
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = torch.nn.Linear(24, 24)
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.Dropout(0.1), torch.nn.Linear(48, 24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(torch.tanh(self.attn(x)))
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(32, 24)
+        self.layers = torch.nn.ModuleList(Block() for _ in range(6))
+        self.norm = torch.nn.LayerNorm(24)
+        self.lm_head = torch.nn.Linear(24, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed_tokens(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(self.norm(x))
+
+
+def say(text: str) -> None:
+    os.write(1, f"{text}\n".encode())
+
+
+def state_digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    for parameter in model.parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            digest.update(optimizer.state[parameter][key].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train(strategy: str, directory: str, steps: int) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    run = Run(directory, model, optimizer, scheduler=scheduler, strategy=strategy, save_steps=1, keep=4)
+    batches = run.batches(torch.utils.data.DataLoader(torch.arange(640).view(80, 8) % 32, batch_size=4, shuffle=True))
+    step = run.resume()
+    while step < steps:
+        for batch in batches:
+            loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            step += 1
+            run.save(step).result()
+            say(f"ack {step}")
+            if step == steps:
+                break
+    run.close()
+    say(f"done {state_digest(model, optimizer)}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        train("full", scratch, 2)  # what torch imports on first use is imported here, once
+    for line in sys.stdin:
+        strategy, directory, steps = line.split()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                train(strategy, directory, int(steps))
+            except BaseException as err:  # noqa: BLE001 - whatever it is, the test must hear of it
+                say(f"lost {type(err).__name__}: {' '.join(str(err).split())}")
+            os._exit(0)
+        say(f"pid {pid}")
+        os.waitpid(pid, 0)
+        say("ended")
+
+
+if __name__ == "__main__":
+    main()
