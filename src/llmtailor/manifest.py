@@ -75,7 +75,10 @@ Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+    # An infinite number would be written as null: as a constant it is refused by json.dumps.
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, ser_json_inf_nan="constants"
+    )
 
 
 class FileRecord(_Record):
@@ -176,7 +179,7 @@ class Manifest(_Record):
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     step: Count
     save_index: Count
-    created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+    created: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
     parent: Parent | None
     contents: Literal["full", "weights"]
     strategy: Name
@@ -311,9 +314,8 @@ def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
             "the manifest was changed", kind="manifest-digest", path=path, expected=expected, found=found, hint=_HINT
         )
     fields = parse_object(text, what="manifest", path=path)
-    del fields["digest"]
     version = fields.get("format_version")
-    if fields.get("format") == "llmtailor-checkpoint" and version != FORMAT_VERSION:
+    if fields.get("format") == "llmtailor-checkpoint" and (type(version) is not int or version != FORMAT_VERSION):
         raise FormatError(
             "the checkpoint has a format version this program does not know",
             kind="format-version",
@@ -324,7 +326,7 @@ def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
         )
     try:
         # JSON mode: strict about types, yet a JSON array is a tuple.
-        return Manifest.model_validate_json(json.dumps(fields)), expected
+        return Manifest.model_validate_json(body + b"\n}"), expected
     except ValidationError as err:
         first = err.errors(include_url=False)[0]
         where = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])

@@ -32,10 +32,12 @@ def find_resumable(
     Raises:
         IntegrityError: There were checkpoints and none verifies.
         IncompleteError: None fits ``consistent``, or all that verify are too far back.
-        OSError: The device failed (``EIO``); nothing was renamed for that.
+        FormatError: A newer program wrote the newest (kind ``format-version``); it was left alone.
+        OSError: The device failed (``EIO``) or this process may not read; nothing was renamed for that.
     """
     newest = newest_step_seen(run.path)
     refused: list[str] = []
+    num_bad = 0
     for entry in reversed(list_checkpoints(run.path)):
         if not entry.has_manifest:
             warnings.warn(
@@ -45,11 +47,15 @@ def find_resumable(
             )
             continue
         report = verify_checkpoint(entry.path)
+        if any(problem.kind == "format-version" for problem in report.problems):
+            # A newer program wrote it and its digest is right: nothing is wrong with it but our age.
+            open_checkpoint(entry.path)
         if not report.is_good:
             reason = "; ".join(f"{problem.path}: {problem.detail}" for problem in report.problems[:10])
             target = run.quarantine(entry.path, reason)
             warnings.warn(f"{entry.path.name} does not verify ({reason}); kept as {target.name}", QuarantineWarning, 2)
             refused.append(f"{entry.path.name}: {reason}")
+            num_bad += 1
             continue
         found = open_checkpoint(entry.path)
         if found.manifest.contents != "full" or (consistent and not found.manifest.is_consistent):
@@ -59,7 +65,7 @@ def find_resumable(
         _check_rollback(found, newest, max_rollback_steps)
         return found
     if refused:
-        _raise_none_left(run.path, refused, consistent=consistent)
+        _raise_none_left(run.path, refused, is_any_bad=num_bad > 0, consistent=consistent)
     return None
 
 
@@ -89,9 +95,9 @@ def _check_rollback(found: Checkpoint, newest: int | None, limit: int | None) ->
         )
 
 
-def _raise_none_left(run: Path, refused: list[str], *, consistent: bool) -> None:
+def _raise_none_left(run: Path, refused: list[str], *, is_any_bad: bool, consistent: bool) -> None:
     found = "\n            ".join(refused[:10])
-    if all("without" in reason for reason in refused):
+    if not is_any_bad:
         raise IncompleteError(
             "no checkpoint of the run can be resumed from as asked",
             kind="no-consistent" if consistent else "weights-only",

@@ -26,8 +26,10 @@ _CHUNK_NBYTES = 8 * 2**20
 # A manifest has some 200 bytes a tensor; this is a million tensors.
 _MAX_MANIFEST_NBYTES = 256 * 2**20
 _OPTIMIZER_PREFIX = "state."
-# What the kernel says when the device or the server failed, which is not evidence against the file.
-_DEVICE_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+_TAMPERED = "the checkpoint was tampered with; resume from another one"
+# What the kernel says when something else stands where a file should be. Whatever else it says (EIO, ESTALE, EACCES,
+# EMFILE, ...) is about the device, the server or this process, and no evidence against the checkpoint.
+_NOT_A_FILE = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENAMETOOLONG, errno.EINVAL})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,7 @@ def read_manifest(checkpoint: Path) -> tuple[Manifest, str]:
     """
     path = checkpoint / MANIFEST_NAME
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file, status = _open_regular(path)
     except (FileNotFoundError, NotADirectoryError) as err:
         is_there = checkpoint.is_dir()
         raise NotFoundError(
@@ -101,18 +103,15 @@ def read_manifest(checkpoint: Path) -> tuple[Manifest, str]:
             found=_describe_directory(checkpoint),
             hint="llmtailor ls <run> lists the checkpoints of a run",
         ) from err
-    except OSError as err:
-        raise _refuse_file(path, err) from err
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_MANIFEST_NBYTES:
+    with file:
+        if status.st_size > _MAX_MANIFEST_NBYTES:
             raise FormatError(
-                "the manifest is not a regular file of sane size",
-                kind="not-regular",
+                "the manifest is too large to be one",
+                kind="manifest-size",
                 path=path,
-                expected=f"a regular file of at most {_MAX_MANIFEST_NBYTES} bytes",
-                found=f"{stat.filemode(status.st_mode)}, {status.st_size} bytes",
-                hint="the checkpoint was tampered with; resume from another one",
+                expected=f"at most {_MAX_MANIFEST_NBYTES} bytes",
+                found=f"{status.st_size} bytes",
+                hint=_TAMPERED,
             )
         manifest, digest = decode_manifest(file.read(), path)
     return manifest, digest
@@ -125,16 +124,30 @@ def _describe_directory(path: Path) -> str:
     return ", ".join(names) if names else ("an empty directory" if path.is_dir() else "a file")
 
 
-def _refuse_file(path: Path, err: OSError) -> Exception:
-    if err.errno in _DEVICE_ERRORS:
-        return err
+def _open_regular(path: Path) -> tuple[FileIO, os.stat_result]:
+    """Open a file for reading, and nothing else that may stand in its place."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as err:
+        if err.errno in _NOT_A_FILE:
+            raise _refuse_file(path, err.strerror) from err
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        # Not left to fdopen: of a directory it makes an OSError, as if the device had failed.
+        os.close(descriptor)
+        raise _refuse_file(path, stat.filemode(status.st_mode))
+    return os.fdopen(descriptor, "rb", buffering=0), status
+
+
+def _refuse_file(path: Path, found: str | None) -> FormatError:
     return FormatError(
-        f"cannot open the file: {err.strerror}",
+        "not a regular file",
         kind="not-regular",
         path=path,
-        expected="a regular file that may be read",
-        found=err.strerror,
-        hint="check its permissions; a checkpoint holds no symbolic links",
+        expected="a regular file; a checkpoint holds no symbolic links, pipes or devices",
+        found=found,
+        hint=_TAMPERED,
     )
 
 
@@ -231,15 +244,10 @@ def _verify_name(checkpoint: Path, manifest: Manifest) -> Iterator[Problem]:
 def _verify_file(checkpoint: Path, record: FileRecord, digests: MutableMapping[FileState, str]) -> None:
     path = checkpoint / record.path
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file, status = _open_regular(path)
     except (FileNotFoundError, NotADirectoryError) as err:
         raise NotFoundError("the file is missing", kind="missing-file", path=path) from err
-    except OSError as err:
-        raise _refuse_file(path, err) from err
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError("not a regular file", kind="not-regular", path=path)
+    with file:
         if status.st_size != record.bytes:
             raise IntegrityError(
                 "the file has another size", kind="file-size", path=path, expected=record.bytes, found=status.st_size

@@ -21,8 +21,9 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
-from ..errors import FormatError, NotFoundError
+from ..errors import FormatError, NotFoundError, UnsupportedError
 from ..strict_json import parse_object
 from ..tensors import DTYPE_BITS, ByteRange, TensorMeta
 
@@ -30,9 +31,12 @@ __all__ = ["DATA_ALIGNMENT", "Header", "Layout", "OpenFile", "StoredTensor", "op
 
 DATA_ALIGNMENT = 4096
 _LENGTH_WIDTH = 8
+_METADATA_NAME = "__metadata__"
 # Upstream allows 100 MB; a header of 25 MiB names some 200,000 tensors, far more than one layer has.
 _MAX_HEADER_BYTES = 25 * 2**20
 _MAX_NAME_LENGTH = 1024
+# torch has 64 at most; without a bound, the product of a million sizes takes an hour.
+_MAX_DIMS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,16 +85,24 @@ def plan_layout(tensors: Sequence[tuple[str, TensorMeta]], metadata: Mapping[str
 
     Returns:
         The layout; ``layout.prefix`` followed by the tensors' bytes in ``layout.tensors`` order is the file.
+
+    Raises:
+        UnsupportedError: ``parse_header`` would refuse the file.
     """
     ordered = sorted(tensors, key=lambda item: (-DTYPE_BITS[item[1].dtype], item[0]))
     assert len({name for name, _ in ordered}) == len(ordered), "tensor names must be unique"
-    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    for name, meta in ordered:
+        if not _is_usable(name) or len(meta.shape) > _MAX_DIMS:
+            raise _cannot_hold("a tensor's name or shape", ascii(name[:80]), "a printable name, at most 64 dimensions")
+    entries: dict[str, object] = {_METADATA_NAME: dict(sorted(metadata.items()))}
     offset = 0
     for name, meta in ordered:
         end = offset + meta.nbytes
         entries[name] = {"dtype": meta.dtype, "shape": list(meta.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
+    if len(text) > _MAX_HEADER_BYTES - DATA_ALIGNMENT:
+        raise _cannot_hold("so many tensors", f"a header of {len(text)} bytes", f"<= {_MAX_HEADER_BYTES} bytes")
     data_start = -(-(_LENGTH_WIDTH + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
     header_nbytes = data_start - _LENGTH_WIDTH
     prefix = struct.pack("<Q", header_nbytes) + text.ljust(header_nbytes, b" ")
@@ -101,6 +113,16 @@ def plan_layout(tensors: Sequence[tuple[str, TensorMeta]], metadata: Mapping[str
         stored.append(StoredTensor(name=name, meta=meta, byte_range=byte_range))
         position = byte_range.end
     return Layout(prefix=prefix, tensors=tuple(stored), nbytes=position)
+
+
+def _cannot_hold(what: str, found: str, expected: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"a safetensors file of ours cannot hold {what}",
+        kind="tensor-layout",
+        expected=expected,
+        found=found,
+        hint="rename the parameter, or split the layer with layer_overrides",
+    )
 
 
 def parse_header(buffer: memoryview | mmap.mmap | bytes, path: Path | str) -> Header:
@@ -122,7 +144,7 @@ def parse_header(buffer: memoryview | mmap.mmap | bytes, path: Path | str) -> He
         raise _refuse(path, "header-length", "the header does not fit", f"<= {room} bytes", f"{header_nbytes} bytes")
     data_start = _LENGTH_WIDTH + header_nbytes
     entries = parse_object(bytes(buffer[_LENGTH_WIDTH:data_start]), what="safetensors header", path=path)
-    metadata = _check_metadata(entries.pop("__metadata__", {}), path)
+    metadata = _check_metadata(entries.pop(_METADATA_NAME, {}), path)
     stored = [_parse_entry(name, entry, data_start, path) for name, entry in entries.items()]
     stored.sort(key=lambda tensor: (tensor.byte_range.start, tensor.byte_range.end))
     position = data_start
@@ -144,7 +166,7 @@ def _check_metadata(value: object, path: Path | str) -> dict[str, str]:
 
 
 def _parse_entry(name: str, entry: object, data_start: int, path: Path | str) -> StoredTensor:
-    if not name or len(name) > _MAX_NAME_LENGTH or not name.isprintable():
+    if not _is_usable(name):
         raise _refuse(path, "tensor-name", "a tensor's name is unusable", "printable text", repr(name[:80]))
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _refuse(
@@ -153,7 +175,7 @@ def _parse_entry(name: str, entry: object, data_start: int, path: Path | str) ->
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _refuse(path, "tensor-dtype", "unknown element type", ", ".join(DTYPE_BITS), dtype, name)
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _are_sizes(shape, _MAX_DIMS) or not _are_sizes(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _refuse(path, "tensor-entry", "sizes are malformed", "non-negative integers", str(entry)[:200], name)
     meta = TensorMeta(dtype=dtype, shape=tuple(shape))
     start, end = offsets
@@ -164,9 +186,17 @@ def _parse_entry(name: str, entry: object, data_start: int, path: Path | str) ->
     return StoredTensor(name=name, meta=meta, byte_range=ByteRange(start=data_start + start, end=data_start + end))
 
 
-def _are_sizes(value: object) -> bool:
+def _is_usable(name: str) -> bool:
+    return 0 < len(name) <= _MAX_NAME_LENGTH and name.isprintable() and name != _METADATA_NAME
+
+
+def _are_sizes(value: object, max_length: int) -> TypeGuard[list[int]]:
     # bool is an int; a shape of [true] is not a shape.
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= max_length
+        and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    )
 
 
 def _refuse(

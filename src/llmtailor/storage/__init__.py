@@ -3,6 +3,7 @@
 from .filesystem import FreeSpace, LocalFileSystem
 from .lock import RunLock
 from .run_directory import (
+    STAGING_NAME,
     CheckpointEntry,
     RunDirectory,
     SetAsideEntry,
@@ -15,6 +16,7 @@ from .run_directory import (
 from .staging import StagedCheckpoint
 
 __all__ = [
+    "STAGING_NAME",
     "CheckpointEntry",
     "FreeSpace",
     "LocalFileSystem",

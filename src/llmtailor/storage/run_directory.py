@@ -17,7 +17,7 @@ import re
 import secrets
 import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +29,7 @@ from .lock import RunLock
 from .staging import StagedCheckpoint, translate_os_errors
 
 __all__ = [
+    "STAGING_NAME",
     "CheckpointEntry",
     "RunDirectory",
     "SetAsideEntry",
@@ -39,7 +40,7 @@ __all__ = [
     "newest_step_seen",
 ]
 
-_STAGING_NAME = ".staging"
+STAGING_NAME = ".staging"
 _LOCK_NAME = "lock"
 _REASON_NAME = "tailor-reason.txt"
 # Not \d, which takes the digits of every script.
@@ -138,7 +139,7 @@ def _read_reason(path: Path) -> str | None:
 
 def list_attempts(run: Path) -> list[Path]:
     """Directories of saves and removals that are under way, or were when their process died."""
-    staging = run / _STAGING_NAME
+    staging = run / STAGING_NAME
     names = sorted(os.listdir(staging)) if staging.is_dir() else []
     return [staging / name for name in names if name != _LOCK_NAME]
 
@@ -147,6 +148,11 @@ def newest_step_seen(run: Path) -> int | None:
     """The largest step that was ever published and not superseded, quarantined ones included; None if there is none."""
     matches = (_CHECKPOINT.fullmatch(name) or _SET_ASIDE.fullmatch(name) for name in os.listdir(run))
     return max((int(match.group(1)) for match in matches if match), default=None)
+
+
+def _free_name(path: Path, suffix: str) -> Path:
+    names = (f"{path.name}.{suffix}{'' if number == 1 else f'-{number}'}" for number in range(1, 10_000))
+    return next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
 
 
 class RunDirectory:
@@ -160,7 +166,7 @@ class RunDirectory:
     def __init__(self, path: Path, filesystem: LocalFileSystem | None = None) -> None:
         self.path = path
         self._filesystem = filesystem or LocalFileSystem()
-        self._staging = path / _STAGING_NAME
+        self._staging = path / STAGING_NAME
         with translate_os_errors("make the run's directory", path):
             self._make_directories(self._staging)
         self._lock = RunLock(self._staging / _LOCK_NAME)
@@ -173,6 +179,9 @@ class RunDirectory:
     def _make_directories(self, path: Path) -> None:
         """``mkdir -p``, durable: a checkpoint is no safer than the names of the directories above it."""
         if path.is_dir():
+            # Whoever made it may have been killed before the next line; and may have let nobody read what is above.
+            with contextlib.suppress(OSError):
+                self._filesystem.fsync_directory(path.parent)
             return
         if path.parent != path:
             self._make_directories(path.parent)
@@ -184,16 +193,25 @@ class RunDirectory:
         self._filesystem.fsync_directory(path.parent)
 
     def _sweep(self) -> None:
-        """Remove what dead writers left; we hold the lock, so nobody live owns any of it."""
+        """Remove what dead writers left, and attempts of ours that could not clean up.
+
+        We hold the lock and make one attempt at a time, so nobody live owns any of it.
+        """
         with translate_os_errors("sweep what dead writers left", self._staging):
-            names = os.listdir(self._staging)
+            names = [name for name in os.listdir(self._staging) if name != _LOCK_NAME]
+        if not names:
+            return
+        try:
+            # Whoever was removing a checkpoint may have died before its name was gone for good.
+            self._filesystem.fsync_directory(self.path)
+        except OSError:
+            return
         for name in names:
-            if name != _LOCK_NAME:
-                with contextlib.suppress(OSError):
-                    self._filesystem.remove_tree(self._staging / name)
+            with contextlib.suppress(OSError):
+                self._filesystem.remove_tree(self._staging / name)
 
     def stage(self, step: int, nbytes: int, num_files: int) -> StagedCheckpoint:
-        """Start an attempt at a checkpoint.
+        """Start an attempt at a checkpoint; the one before must be published or abandoned.
 
         Args:
             step: Its step.
@@ -203,6 +221,8 @@ class RunDirectory:
         Raises:
             WriteError: There is not enough room, or the directory cannot be made.
         """
+        self._check_held()
+        self._sweep()
         with translate_os_errors("start a checkpoint", self.path):
             free = self._filesystem.free_space(self._staging)
         if free.nbytes is not None and free.nbytes < nbytes + _SPARE_NBYTES:
@@ -211,6 +231,17 @@ class RunDirectory:
             raise self._no_room(step, f"{num_files + _SPARE_INODES} inodes free", f"{free.inodes} inodes free")
         attempt = self._staging / f"{step}-{secrets.token_hex(8)}"
         return StagedCheckpoint(self._filesystem, attempt, self.path / checkpoint_name(step))
+
+    def _check_held(self) -> None:
+        if not self._lock.is_held:
+            raise WriteError(
+                "the run is not open for writing",
+                kind="closed",
+                path=self.path,
+                expected="the process that opened it, before it closed it",
+                found="a run that was closed, or a fork of its process",
+                hint="open the run again; save from the process that trains",
+            )
 
     def _no_room(self, step: int, expected: str, found: str) -> WriteError:
         return WriteError(
@@ -234,26 +265,37 @@ class RunDirectory:
         Raises:
             WriteError: It is not acknowledged; older checkpoints are as they were.
         """
-        self._supersede(step, is_first=is_first)
-        published = staged.publish(manifest)
+        staged.seal(manifest)
+        superseded = self._choose_superseded(step, is_first=is_first)
+        try:
+            self._move(superseded)
+            published = staged.publish()
+        except BaseException:
+            self._move_back(superseded)
+            raise
         with translate_os_errors("make a checkpoint's name durable", published):
             self._filesystem.fsync_directory(self.path)
+        for path, target in superseded.items():
+            warnings.warn(
+                f"{path.name} is of another run or branch; kept as {target.name}, remove it if not needed",
+                SupersededWarning,
+                stacklevel=2,
+            )
         return published
 
-    def _supersede(self, step: int, *, is_first: bool) -> None:
-        """Set checkpoints aside that resume must not find any more.
+    def _choose_superseded(self, step: int, *, is_first: bool) -> dict[Path, Path]:
+        """Checkpoints that resume must not find any more, and the names they get.
 
         Those of this or a later step: whoever writes this step went back behind them. And, before the first of a new
         run, all of the run before it: falling back must never cross from one run into another.
         """
-        for entry in list_checkpoints(self.path):
-            if entry.step >= step or (is_first and entry.has_manifest):
-                target = self._set_aside(entry.path, "superseded")
-                warnings.warn(
-                    f"{entry.path.name} is of another run or branch; kept as {target.name}, remove it if not needed",
-                    SupersededWarning,
-                    stacklevel=3,
-                )
+        with translate_os_errors("list the checkpoints of the run", self.path):
+            entries = list_checkpoints(self.path)
+        return {
+            entry.path: _free_name(entry.path, "superseded")
+            for entry in entries
+            if entry.step >= step or (is_first and entry.has_manifest)
+        }
 
     def quarantine(self, path: Path, reason: str) -> Path:
         """Rename a checkpoint that does not verify to ``*.bad`` and say why inside; never deletes.
@@ -261,19 +303,28 @@ class RunDirectory:
         Raises:
             WriteError: It cannot be renamed.
         """
-        target = self._set_aside(path, "bad")
+        self._check_held()
+        target = _free_name(path, "bad")
+        self._move({path: target})
         # Only a note for people: a full or read-only disk must not stop the recovery.
         with contextlib.suppress(OSError):
             (target / _REASON_NAME).write_text(reason + "\n", encoding="utf-8")
         return target
 
-    def _set_aside(self, path: Path, suffix: str) -> Path:
-        names = (f"{path.name}.{suffix}{'' if number == 1 else f'-{number}'}" for number in range(1, 10_000))
-        target = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
-        with translate_os_errors(f"rename {path.name} to {target.name}", path):
-            self._filesystem.rename(path, target)
+    def _move(self, targets: Mapping[Path, Path]) -> None:
+        with translate_os_errors("set a checkpoint aside", self.path):
+            for path, target in targets.items():
+                self._filesystem.rename(path, target)
+            if targets:
+                self._filesystem.fsync_directory(self.path)
+
+    def _move_back(self, targets: Mapping[Path, Path]) -> None:
+        """Undo ``_move``, however far it came; what cannot be undone is still there under its new name."""
+        for path, target in targets.items():
+            with contextlib.suppress(OSError):
+                self._filesystem.rename(target, path)
+        with contextlib.suppress(OSError):
             self._filesystem.fsync_directory(self.path)
-        return target
 
     def remove(self, path: Path) -> None:
         """Remove a checkpoint: first its name, at once, then its files. Other checkpoints keep theirs.
@@ -281,6 +332,7 @@ class RunDirectory:
         Raises:
             WriteError: Its name could not be taken away, or not all of its files (then the next writer sweeps them).
         """
+        self._check_held()
         doomed = self._staging / f"remove-{path.name}-{secrets.token_hex(8)}"
         with translate_os_errors(f"remove {path.name}", path):
             self._filesystem.rename(path, doomed)

@@ -99,9 +99,13 @@ class StagedCheckpoint:
         self._directories: set[Path] = set()
         self._names: set[str] = set()
         self.path = attempt / target.name
-        with translate_os_errors("start a checkpoint", self.path):
-            filesystem.make_directory(attempt)
-            filesystem.make_directory(self.path)
+        try:
+            with translate_os_errors("start a checkpoint", self.path):
+                filesystem.make_directory(attempt)
+                filesystem.make_directory(self.path)
+        except WriteError:
+            self.abandon()
+            raise
 
     def write_file(self, name: str, chunks: Iterable[memoryview], nbytes: int) -> FileRecord:
         """Write a new file.

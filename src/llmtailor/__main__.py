@@ -1,0 +1,5 @@
+"""``python -m llmtailor``."""
+
+from .cli.main import main
+
+main()

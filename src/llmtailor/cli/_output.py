@@ -1,0 +1,101 @@
+"""Where commands print: data on stdout; talk, progress and questions on stderr.
+
+What stdout gets is one report, as tables, as JSON (``--json``) or as paths, one a line (``--quiet``).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..manifest import FileRecord
+    from ..reports.report import Report
+
+__all__ = ["AsJson", "IsQuiet", "Output"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+IsQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print paths alone, one a line.")]
+
+# No terminal, no need to fold or cut: whoever reads a pipe wants whole lines.
+_PIPE_WIDTH = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """The one sink of a command."""
+
+    as_json: bool = False
+    is_quiet: bool = False
+
+    def show(self, report: Report) -> None:
+        """Print a report on stdout."""
+        # A path that is not text goes out as the bytes it is; in a table it is for the eyes only.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape" if self.is_quiet else "backslashreplace")
+        if self.as_json:
+            sys.stdout.write(json.dumps(report.record(), indent=2, allow_nan=False) + "\n")
+        elif self.is_quiet:
+            sys.stdout.writelines(f"{name}\n" for name in report.names())
+        else:
+            _print_tables(report)
+
+    def note(self, text: str) -> None:
+        """Say something on stderr."""
+        if not self.is_quiet:
+            sys.stderr.write(f"{text}\n")
+
+    def confirm(self, question: str) -> bool:
+        """Ask on the terminal; anything but yes is no."""
+        sys.stderr.write(f"{question} [y/N] ")
+        sys.stderr.flush()
+        return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+    @contextmanager
+    def file_progress(self, find_total: Callable[[], int]) -> Iterator[Callable[[FileRecord], None]]:
+        """A bar on stderr, if that is a terminal.
+
+        Args:
+            find_total: Gives the number of bytes; called only where there is a bar.
+
+        Yields:
+            To be called before each file is read.
+        """
+        if self.is_quiet or not sys.stderr.isatty():
+            yield lambda record: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("verify", total=find_total())
+            begun: list[FileRecord] = []
+
+            def advance(record: FileRecord) -> None:
+                # The file before this one is done.
+                progress.advance(task, sum(each.bytes for each in begun))
+                begun[:] = [record]
+
+            yield advance
+
+
+def _print_tables(report: Report) -> None:
+    from rich.console import Console
+
+    is_terminal = sys.stdout.isatty()
+    console = Console(file=sys.stdout, width=None if is_terminal else _PIPE_WIDTH, highlight=False, emoji=False)
+    if is_terminal:
+        console.print(*report.tables(), sep="\n")
+        return
+    with console.capture() as captured:
+        console.print(*report.tables(), sep="\n")
+    # Cells are filled up with spaces, which nobody wants at the end of a line.
+    sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())

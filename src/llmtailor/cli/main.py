@@ -1,0 +1,51 @@
+"""The ``llmtailor`` command: puts the commands together.
+
+Importing it must stay cheap, so a command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ._errors import reported
+from .demo import demo
+from .ls import ls
+from .prune import prune
+from .show import show
+from .verify import verify
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="llmtailor",
+    help="Checkpoints of LLM training, layer by layer: list, inspect, verify, remove.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+for _command in (ls, show, verify, prune, demo):
+    app.command()(reported(_command))
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"llmtailor {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Console entry."""
+    app(prog_name="llmtailor")

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+Command: TypeAlias = Callable[..., Any]
+
+
+def names_in(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("checkpoint-*"))
+
+
+def held_bytes(run: Path) -> int:
+    return sum(
+        {path.stat().st_ino: path.stat().st_size for path in run.glob("checkpoint-*/**/*") if path.is_file()}.values()
+    )
+
+
+def test_prune_removes_the_oldest_but_the_newest_consistent(run: Path, llmtailor: Command) -> None:
+    result = llmtailor("prune", run, "--keep", "2", "--yes")
+    assert names_in(run) == ["checkpoint-1", "checkpoint-5"]
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:4]] == [f"checkpoint-{step}" for step in (2, 3, 4)]
+    assert re.search(r"^frees [\d.]+ kB", result.stdout, re.M)
+    assert "stays: checkpoint-1, checkpoint-5" in result.stdout
+    assert re.fullmatch(r"removed 3 directories, [\d.]+ kB freed; checkpoint-5 was verified first\n", result.stderr)
+    llmtailor("verify", run)
+
+
+def test_prune_tells_what_it_frees_to_the_byte(run: Path, llmtailor_json: Command) -> None:
+    before = held_bytes(run)
+    record = llmtailor_json("prune", run, "--keep", "1", "--no-keep-consistent", "--yes")
+    assert names_in(run) == ["checkpoint-5"]
+    assert record["removed"] is True
+    assert record["freed_bytes"] == before - held_bytes(run)
+    assert record["kept"] == [str(run / "checkpoint-5")]
+    assert [Path(each["path"]).name for each in record["doomed"]] == [f"checkpoint-{step}" for step in range(1, 5)]
+
+
+def test_a_file_that_has_a_name_elsewhere_is_not_freed(run: Path, tmp_path: Path, llmtailor_json: Command) -> None:
+    arguments = ("prune", run, "--keep", "1", "--no-keep-consistent", "--dry-run")
+    before = llmtailor_json(*arguments)["freed_bytes"]
+    path = run / "checkpoint-1" / "rng_state.pth"
+    os.link(path, tmp_path / "kept.pth")
+    assert llmtailor_json(*arguments)["freed_bytes"] == before - path.stat().st_size
+
+
+def test_prune_keeps_pinned_steps(run: Path, llmtailor: Command) -> None:
+    llmtailor("prune", run, "--keep", "3", "--pin", "2", "--pin", "3", "--no-keep-consistent", "--yes")
+    assert names_in(run) == ["checkpoint-2", "checkpoint-3", "checkpoint-5"]
+
+
+def test_prune_refuses_a_pin_that_is_not_there(run: Path, llmtailor: Command) -> None:
+    stderr = llmtailor("prune", run, "--keep", "1", "--pin", "7", "--yes", exit_code=6).stderr
+    assert "expected  one of 1, 2, 3, 4, 5" in stderr
+    assert "found     7" in stderr
+    assert len(names_in(run)) == 5
+
+
+def test_prune_dry_run_touches_nothing(locked_run: Path, llmtailor: Command, llmtailor_json: Command) -> None:
+    text = llmtailor("prune", locked_run, "--keep", "2", "--dry-run").stdout
+    assert "checkpoint-2  whole" in text
+    assert llmtailor_json("prune", locked_run, "--keep", "2", "--dry-run")["removed"] is False
+    assert len(names_in(locked_run)) == 5
+
+
+def test_prune_quiet_prints_what_went(run: Path, llmtailor: Command) -> None:
+    result = llmtailor("prune", run, "--keep", "4", "--yes", "--quiet")
+    assert result.stdout == f"{run / 'checkpoint-2'}\n"
+    assert result.stderr == ""
+
+
+def test_prune_with_nothing_to_remove(run: Path, llmtailor: Command) -> None:
+    assert llmtailor("prune", run, "--keep", "9").stdout.startswith("nothing to remove\n")
+
+
+def test_prune_removes_what_was_set_aside_only_when_told(set_aside: Path, llmtailor: Command) -> None:
+    llmtailor("prune", set_aside, "--keep", "3", "--yes")
+    assert len(names_in(set_aside)) == 5
+    llmtailor("prune", set_aside, "--bad", "--yes")
+    assert "checkpoint-4.bad" not in names_in(set_aside)
+    llmtailor("prune", set_aside, "--superseded", "--yes")
+    assert names_in(set_aside) == ["checkpoint-2", "checkpoint-3", "checkpoint-5"]
+
+
+def test_prune_must_be_told_what_may_go(run: Path, llmtailor: Command) -> None:
+    assert "--keep N, --bad or --superseded" in llmtailor("prune", run, exit_code=6).stderr
+
+
+def test_prune_refuses_to_keep_none(run: Path, llmtailor: Command) -> None:
+    llmtailor("prune", run, "--keep", "0", "--yes", exit_code=2)
+
+
+def test_prune_removes_nothing_before_the_newest_verified(run: Path, llmtailor: Command, damage_file: Command) -> None:
+    damage_file(run / "checkpoint-5" / "model-norm.safetensors")
+    stderr = llmtailor("prune", run, "--keep", "1", "--yes", exit_code=5).stderr
+    assert "the checkpoint does not verify" in stderr
+    assert len(names_in(run)) == 5
+
+
+def test_a_damaged_checkpoint_is_neither_counted_nor_removed(
+    run: Path, llmtailor: Command, damage_file: Command
+) -> None:
+    damage_file(run / "checkpoint-4" / "tailor.json")
+    text = llmtailor("prune", run, "--keep", "2", "--no-keep-consistent", "--yes").stdout
+    assert names_in(run) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    assert "left alone: checkpoint-4, the manifest is cut off or changed" in text
+
+
+def test_prune_keeps_what_was_set_aside_if_nothing_else_is_left(set_aside: Path, llmtailor: Command) -> None:
+    for step in (2, 3, 5):
+        os.rename(set_aside / f"checkpoint-{step}", set_aside / f"checkpoint-{step}.superseded")
+    stderr = llmtailor("prune", set_aside, "--bad", "--superseded", "--yes", exit_code=8).stderr
+    assert "may be all that is left" in stderr
+    assert len(names_in(set_aside)) == 5
+
+
+def test_prune_of_a_run_in_training_is_refused(locked_run: Path, llmtailor: Command, llmtailor_json: Command) -> None:
+    stderr = llmtailor("prune", locked_run, "--keep", "1", "--yes", exit_code=13).stderr
+    assert re.search(rf"found     held by process {os.getpid()} on host ", stderr)
+    assert llmtailor_json("prune", locked_run, "--keep", "1", "--yes", exit_code=13)["error"]["kind"] == "locked"
+    assert len(names_in(locked_run)) == 5
+
+
+def test_prune_leaves_no_lock_where_there_is_no_run(tmp_path: Path, llmtailor: Command) -> None:
+    (tmp_path / "photos").mkdir()
+    llmtailor("prune", tmp_path, "--keep", "1", "--yes", exit_code=3)
+    llmtailor("prune", tmp_path / "typo", "--keep", "1", "--yes", exit_code=3)
+    assert os.listdir(tmp_path) == ["photos"]
+
+
+def test_prune_does_not_remove_unasked(run: Path, llmtailor: Command) -> None:
+    assert "add --yes" in llmtailor("prune", run, "--keep", "1", exit_code=6).stderr
+    assert len(names_in(run)) == 5
+
+
+@pytest.mark.parametrize(("answer", "exit_code", "num_left"), [("y", 0, 1), ("n", 1, 5), ("", 1, 5)])
+def test_prune_asks_on_a_terminal(run: Path, script: list[str], answer: str, exit_code: int, num_left: int) -> None:
+    keyboard, terminal = pty.openpty()
+    os.write(keyboard, f"{answer}\n".encode())
+    finished = subprocess.run(
+        [*script, "prune", run, "--keep", "1", "--no-keep-consistent"],
+        stdin=terminal,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    os.close(keyboard)
+    os.close(terminal)
+    assert re.match(r"remove 4 directories, [\d.]+ kB\? \[y/N\] ", finished.stderr)
+    assert finished.returncode == exit_code, finished.stderr
+    assert len(names_in(run)) == num_left

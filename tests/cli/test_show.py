@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+Command: TypeAlias = Callable[..., Any]
+
+
+def test_show_tells_all_about_a_checkpoint(run: Path, llmtailor: Command) -> None:
+    text = llmtailor("show", run / "checkpoint-4").stdout
+    for pattern in (
+        rf"\A{run}/checkpoint-4$",
+        r"^  step        4$",
+        r"^  created     \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC$",
+        r"^  run         [0-9a-f]{32}, save 4$",
+        r"^  parent      step 3$",
+        r"^  strategy    parity\(\)$",
+        r"^  consistent  no, the oldest layer is 1 step behind$",
+        r"^  contents    weights and optimizer$",
+        r"^  parameters  1,392, 1,392 of them trainable$",
+        r"^  tied        lm_head.weight is embed_tokens.weight$",
+        r"^  writer      llmtailor \S+, torch \S+, Python \S+$",
+        r"^6 layers$",
+        r"^  embed_tokens  embedding     4      0        4 +[\d.]+ kB +[\d.]+ kB  strategy$",
+        r"^  layers.0      block         3      1        3 .* kept$",
+        r"^  total +[\d.]+ kB +[\d.]+ kB$",
+        r"^optimizer torch.optim.adamw.AdamW$",
+        r"^  group 0  19 parameters; lr 0.002, betas \(0.9, 0.999\), eps 1e-08, weight_decay 0.01",
+        r"^3 small files$",
+        r"^  run_state.json +\d+ B$",
+    ):
+        assert re.search(pattern, text, re.M), pattern
+    assert "layers.0.up.weight" not in text
+
+
+def test_show_json_is_the_same_as_one_record(run: Path, llmtailor_json: Command) -> None:
+    record = llmtailor_json("show", run / "checkpoint-4")
+    assert {key: record[key] for key in ("step", "save_index", "strategy", "contents", "is_consistent")} == {
+        "step": 4,
+        "save_index": 3,
+        "strategy": "parity()",
+        "contents": "full",
+        "is_consistent": False,
+    }
+    assert record["parent"]["step"] == 3
+    assert record["num_parameters"] == 32 * 8 + 4 * (2 * 8 * 16 + 16 + 8) + 2 * 8
+    assert record["tied"] == {"lm_head.weight": "embed_tokens.weight"}
+    layers = {layer["name"]: layer for layer in record["layers"]}
+    assert list(layers) == ["embed_tokens", "layers.0", "layers.1", "layers.2", "layers.3", "norm"]
+    assert (layers["layers.0"]["step"], layers["layers.0"]["staleness"], layers["layers.0"]["update_count"]) == (
+        3,
+        1,
+        3,
+    )
+    assert layers["norm"]["weights_bytes"] == (run / "checkpoint-4" / "model-norm.safetensors").stat().st_size
+    assert record["weights_bytes"] == sum(layer["weights_bytes"] for layer in layers.values())
+    assert record["optimizers"][0]["groups"][0]["options"]["betas"] == {"tuple": [0.9, 0.999]}
+    assert [file["path"] for file in record["files"]] == [
+        "model.safetensors.index.json",
+        "rng_state.pth",
+        "run_state.json",
+    ]
+    assert "tensors" not in record
+
+
+def test_show_tensors_lists_them(run: Path, llmtailor: Command, llmtailor_json: Command) -> None:
+    text = llmtailor("show", run / "checkpoint-1", "--tensors").stdout
+    assert re.search(r"^20 tensors$", text, re.M)
+    assert re.search(r"^  layers.3.down.weight +F32 +\[8, 16\] +layers.3$", text, re.M)
+    assert re.search(r"^  lm_head.weight +F32 +\[32, 8\] +embed_tokens +tied to embed_tokens.weight$", text, re.M)
+    tensors = llmtailor_json("show", run / "checkpoint-1", "--tensors")["tensors"]
+    assert tensors[0] == {
+        "fqn": "embed_tokens.weight",
+        "kind": "parameter",
+        "layer": "embed_tokens",
+        "dtype": "F32",
+        "shape": [32, 8],
+        "trainable": True,
+        "tied_to": None,
+    }
+
+
+def test_show_of_a_run_is_its_newest(run: Path, llmtailor: Command, llmtailor_json: Command) -> None:
+    assert llmtailor_json("show", run)["step"] == 5
+    assert llmtailor("show", run, "--quiet").stdout == f"{run / 'checkpoint-5'}\n"
+
+
+def test_show_of_a_run_passes_half_a_checkpoint_over(run: Path, half_checkpoint: Path, llmtailor_json: Command) -> None:
+    assert llmtailor_json("show", run)["step"] == 4
+
+
+def test_show_tells_drift_where_it_is_known(run: Path, llmtailor: Command, rewrite_manifest: Command) -> None:
+    assert "reason  drift" not in llmtailor("show", run).stdout
+    rewrite_manifest(run / "checkpoint-5", lambda fields: fields["layers"][0].update(drift=0.0125))
+    assert re.search(r"reason +drift\n  embed_tokens .* 0.0125\n", llmtailor("show", run).stdout)
+
+
+def test_show_of_the_first_checkpoint_has_no_parent(run: Path, llmtailor: Command) -> None:
+    text = llmtailor("show", run / "checkpoint-1").stdout
+    assert "parent      none, the first of its run" in text
+    assert "consistent  yes" in text
+
+
+def test_show_of_weights_says_that_training_cannot_resume(
+    run: Path, llmtailor: Command, rewrite_manifest: Command
+) -> None:
+    def drop_optimizer(fields: dict[str, Any]) -> None:
+        fields.update(contents="weights", optimizers=[])
+        for layer in fields["layers"]:
+            layer.update(optimizer=None, update_count=None)
+
+    rewrite_manifest(run / "checkpoint-5", drop_optimizer)
+    assert "weights only; not resumable" in llmtailor("show", run).stdout
+
+
+@pytest.mark.parametrize("name", ["checkpoint-5", "checkpoint-7"])
+def test_show_refuses_what_is_no_checkpoint(half_checkpoint: Path, llmtailor: Command, name: str) -> None:
+    llmtailor("show", half_checkpoint.with_name(name), exit_code=3)
