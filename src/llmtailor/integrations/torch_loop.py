@@ -1,0 +1,279 @@
+"""A training loop of one's own: save when due, resume in one call."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+
+from ..checkpoint import Checkpoint, describe_layers
+from ..checkpointer import Checkpointer
+from ..errors import InvalidInputError, TailorError, UnsupportedError
+from ..load import load_model, load_optimizers
+from ..model_state import check_model, is_adapted
+from ..resume import open_resumable
+from ..strategies import SaveContext, Strategy
+from ..writer import SaveHandle
+from .batches import Batches
+from .small_files import (
+    Stateful,
+    check_objects,
+    load_objects,
+    load_rng,
+    read_objects,
+    read_progress,
+    restore_rng,
+    save_objects,
+    save_rng,
+    write_progress,
+)
+
+__all__ = ["Run"]
+
+logger = logging.getLogger(__name__)
+
+logger = logging.getLogger(__name__)
+
+BatchT = TypeVar("BatchT")
+
+
+class Run:
+    """Whole, verified, resumable checkpoints for a plain PyTorch loop.
+
+    ::
+
+        run = llmtailor.Run("runs/a", model, optimizer, scheduler=scheduler, strategy="parity", save_steps=100)
+        start = run.resume()                      # 0 when there is nothing to resume
+        for step in range(start, steps):
+            ...                                   # forward, backward, optimizer.step(), scheduler.step()
+            run.step(step + 1)                    # saves when due
+        run.close()
+
+    Saved in full every time: scheduler, gradient scaler, random numbers, data position (``batches``) and ``state``.
+    In a single process; call it after the optimizer's step.
+
+    Args:
+        directory: The run; checkpoints are ``checkpoint-<step>`` in it.
+        model: The module; DistributedDataParallel and ``torch.compile`` wrappers are seen through.
+        optimizer: One optimizer, or several that share the model's parameters out among them.
+        scheduler: Learning-rate scheduler.
+        scaler: ``torch.amp.GradScaler``.
+        strategy: Which layers a save writes: ``"full"``, ``"parity"``, ``"filter(first=2)"``, an object, a callable.
+        save_steps: ``step`` saves at multiples of this.
+        keep: How many checkpoints to keep; None keeps all.
+        keep_consistent: Never remove the newest checkpoint whose layers are all of one step.
+        state: More objects with ``state_dict``, by name.
+        split_experts: Every expert of a block is a layer of its own.
+        layer_overrides: Layers of your own: name -> globs over parameter names.
+
+    Raises:
+        InvalidInputError: An unknown strategy, or a name in ``state`` that is taken.
+        LockedError: Another process writes this run.
+        UnsupportedError: More than one process, or state that cannot be saved.
+        WriteError: The directory cannot be written.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *,
+        scheduler: Stateful | None = None,
+        scaler: Stateful | None = None,
+        strategy: str | Strategy | Callable[[SaveContext], Collection[str]] = "full",
+        save_steps: int = 500,
+        keep: int | None = None,
+        keep_consistent: bool = True,
+        state: Mapping[str, Stateful] | None = None,
+        split_experts: bool = False,
+        layer_overrides: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        _refuse_ranks()
+        if save_steps < 1:
+            raise InvalidInputError(
+                "save_steps makes no sense", kind="save-steps", expected="a number >= 1", found=save_steps
+            )
+        self._model = _unwrap(model)
+        self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self._save_steps = save_steps
+        self._objects = _name_objects(scheduler, scaler, state or {})
+        self._checkpointer = Checkpointer(
+            directory,
+            strategy=strategy,
+            keep=keep,
+            keep_consistent=keep_consistent,
+            split_experts=split_experts,
+            layer_overrides=layer_overrides,
+        )
+        # What cannot be saved is said before the first step, not at the first save.
+        try:
+            self._checkpointer.read_model(self._model)
+            check_objects(self._objects)
+        except BaseException:
+            self._checkpointer.close()
+            raise
+
+    def batches(self, loader: Iterable[BatchT]) -> Batches[BatchT]:
+        """Wrap the training loader so that its position is saved and resumed; call it before ``resume``."""
+        if "data" in self._objects:
+            raise InvalidInputError(
+                "a run has one training loader", kind="two-loaders", hint="wrap one, pass others as state"
+            )
+        batches = Batches(loader)
+        self._objects["data"] = batches
+        return batches
+
+    def resume(
+        self,
+        checkpoint: str | Path | None = None,
+        *,
+        consistent: bool = False,
+        max_rollback_steps: int | None = None,
+        random_state: bool = True,
+    ) -> int:
+        """Load the newest checkpoint that verifies, or the one given, and say which step each layer is of.
+
+        Args:
+            checkpoint: A checkpoint's directory; None takes the newest of this run.
+            consistent: Take only a checkpoint whose layers are all of one step.
+            max_rollback_steps: Refuse to fall back further than this.
+            random_state: Restore random numbers; False accepts that the run differs from here on.
+
+        Returns:
+            The number of steps done; 0 if there is nothing to resume.
+
+        Raises:
+            IntegrityError: No checkpoint verifies, or the given one does not.
+            IncompleteError: None is resumable as asked, or it lacks the state of an object of this run.
+            IncompatibleError: It is of another model, optimizer or machine, or has state of an object that this run
+                lacks; nothing was changed. Or an object refused its state, after model and optimizer were loaded.
+        """
+        found = self._find(checkpoint, consistent=consistent, max_rollback_steps=max_rollback_steps)
+        if found is None:
+            self._checkpointer.begin(None)
+            return 0
+        # Everything is read and checked before anything is changed.
+        step = read_progress(found.path, self._objects)
+        states = read_objects(found.path, self._objects)
+        rng = load_rng(found.path) if random_state else None
+        live = self._checkpointer.read_model(self._model)
+        check_model(live, found.manifest.tensors, path=found.path)
+        load_optimizers(found, live, self._optimizers)
+        load_model(found, live)
+        load_objects(self._objects, states, path=found.path)
+        if rng is not None:
+            restore_rng(rng)
+        self._checkpointer.begin(found)
+        sys.stderr.write(describe_layers(found) + "\n")
+        return step
+
+    def _find(
+        self, checkpoint: str | Path | None, *, consistent: bool, max_rollback_steps: int | None
+    ) -> Checkpoint | None:
+        if checkpoint is None:
+            return self._checkpointer.find(consistent=consistent, max_rollback_steps=max_rollback_steps)
+        return open_resumable(Path(checkpoint))
+
+    def step(self, step: int) -> SaveHandle | None:
+        """Tell the run that ``step`` optimizer steps are done; saves if that is due.
+
+        Raises:
+            WriteError: This save failed, and so did the one before; training may go on.
+        """
+        return self.save(step) if step % self._save_steps == 0 else None
+
+    def save(self, step: int) -> SaveHandle:
+        """Save now.
+
+        Returns:
+            A handle: ``captured()`` and ``result()`` wait for the two moments; a save that failed says so there.
+
+        Raises:
+            WriteError: This save failed, and so did the one before; training may go on.
+        """
+
+        def write_small_files(directory: Path) -> None:
+            write_progress(directory, step, self._objects)
+            save_objects(directory, self._objects)
+            save_rng(directory)
+            _save_config(self._model, directory)
+
+        return self._checkpointer.save(step, self._model, self._optimizers, write_small_files)
+
+    def close(self) -> None:
+        """Finish: raises if the last save failed and nothing was saved since.
+
+        Raises:
+            WriteError: What stopped the last save.
+        """
+        self._checkpointer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except TailorError:
+            # What stopped the loop matters more than the save that had failed before.
+            if error is None:
+                raise
+            logger.exception("the last save had failed, too")
+
+
+def _refuse_ranks() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise UnsupportedError(
+            "training on several processes is not supported yet",
+            kind="world-size",
+            expected="one process",
+            found=f"{distributed.get_world_size()} processes",
+        )
+
+
+def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    while isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+        model = model.module
+    return model
+
+
+def _name_objects(
+    scheduler: Stateful | None, scaler: Stateful | None, state: Mapping[str, Stateful]
+) -> dict[str, Stateful]:
+    objects: dict[str, Stateful] = {}
+    for name, each in (("scheduler", scheduler), ("scaler", scaler)):
+        if each is not None:
+            objects[name] = each
+    for name, each in state.items():
+        if name in {"scheduler", "scaler", "data"} or not name.isidentifier():
+            raise InvalidInputError(
+                "a name in state cannot be used",
+                kind="state-name",
+                expected="an identifier other than scheduler, scaler, data",
+                found=repr(name),
+            )
+        objects[name] = each
+    return objects
+
+
+def _save_config(model: Any, directory: Path) -> None:
+    """A transformers model brings its configuration along, so that ``from_pretrained`` reads every checkpoint.
+
+    A model wrapped by PEFT brings its adapter, as it is now, so that ``PeftModel.from_pretrained`` does.
+    """
+    if is_adapted(model):
+        model.save_pretrained(directory)
+        return
+    for name in ("config", "generation_config"):
+        config: Any = getattr(model, name, None)
+        if hasattr(config, "save_pretrained"):
+            config.save_pretrained(directory)

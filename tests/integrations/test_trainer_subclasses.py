@@ -1,0 +1,281 @@
+"""Subclasses of the Trainer, and models wrapped by PEFT."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
+
+from llmtailor import Run
+from llmtailor.checkpoint import open_checkpoint
+from llmtailor.integrations.transformers import TailorMixin, tailor
+from llmtailor.verify import verify_checkpoint
+from tiny_models import (
+    StopAt,
+    assert_same,
+    build_llama,
+    build_qwen2,
+    build_trainer,
+    losses,
+    snapshot_model,
+    snapshot_optimizer,
+    token_examples,
+    token_rows,
+)
+
+peft = pytest.importorskip("peft")
+
+# peft 0.21 and trl 1.16 still say "gradient_checkpointing" to transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
+
+def assert_exact(resumed: Trainer, whole: Trainer) -> None:
+    assert losses(resumed) == losses(whole)
+    assert len(losses(whole)) == whole.state.max_steps
+    assert_same(snapshot_model(resumed.model), snapshot_model(whole.model))
+    ours, theirs = (
+        snapshot_optimizer(trainer.model, getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+        for trainer in (resumed, whole)
+    )
+    assert_same(ours, theirs)
+
+
+def assert_resumes(make: Callable[[Path, int | None], Trainer], tmp_path: Path) -> Trainer:
+    """Trains whole, and in two halves in another directory; returns the trainer of the second half."""
+    whole = make(tmp_path / "whole", None)
+    whole.train()
+    make(tmp_path / "run", 5).train()
+    resumed = make(tmp_path / "run", None)
+    resumed.train(resume_from_checkpoint=True)
+    assert_exact(resumed, whole)
+    return resumed
+
+
+# ---- Seq2Seq ----
+
+
+def test_seq2seq_trainer(tmp_path: Path) -> None:
+    def make(directory: Path, stop: int | None) -> Trainer:
+        torch.manual_seed(0)
+        config = T5Config(
+            vocab_size=64, d_model=16, d_ff=24, d_kv=4, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+        arguments = Seq2SeqTrainingArguments(
+            output_dir=str(directory),
+            max_steps=15,
+            save_steps=5,
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Seq2SeqTrainer(
+            model=T5ForConditionalGeneration(config),
+            args=arguments,
+            train_dataset=token_examples(),
+            callbacks=[] if stop is None else [StopAt(stop)],
+        )
+        return tailor(trainer)
+
+    resumed = assert_resumes(make, tmp_path)
+    assert isinstance(resumed, Seq2SeqTrainer)
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "run/checkpoint-15")
+    assert_same(snapshot_model(loaded), snapshot_model(resumed.model))
+
+
+# ---- TRL ----
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    words = {f"w{number}": number for number in range(61)} | {"<pad>": 61, "<eos>": 62, "<unk>": 63}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tailor", "mixin", "lora"])
+def test_sft_trainer(kind: str, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+
+    class MixedTrainer(TailorMixin, trl.SFTTrainer):
+        pass
+
+    rows = token_rows(24).clamp(max=60).tolist()
+    dataset = datasets.Dataset.from_dict({"text": [" ".join(f"w{number}" for number in row) for row in rows]})
+
+    def make(directory: Path, stop: int | None) -> Any:
+        arguments = trl.SFTConfig(
+            output_dir=str(directory),
+            max_steps=15,
+            save_steps=5,
+            logging_steps=1,
+            per_device_train_batch_size=2,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        options: dict[str, Any] = {
+            "model": build_llama(),
+            "args": arguments,
+            "train_dataset": dataset,
+            "processing_class": word_tokenizer(),
+            "callbacks": [] if stop is None else [StopAt(stop)],
+        }
+        if kind == "lora":
+            options["peft_config"] = lora_config()
+        if kind == "mixin":
+            return MixedTrainer(**options, strategy="full")
+        return tailor(trl.SFTTrainer(**options))
+
+    resumed = assert_resumes(make, tmp_path)
+    assert "SFT" in (tmp_path / "run/README.md").read_text(), "its model card is still written"
+    checkpoint = tmp_path / "run/checkpoint-15"
+    assert (checkpoint / "tokenizer.json").is_file()
+    if kind == "lora":
+        assert_adapter_is_loaded_by_peft(checkpoint, build_llama(), resumed.model)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+        assert_same(snapshot_model(loaded), snapshot_model(resumed.model))
+
+
+# ---- PEFT ----
+
+
+def lora_config(**options: Any) -> Any:
+    defaults = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
+    return peft.LoraConfig(**(defaults | options))
+
+
+def build_lora(**options: Any) -> Any:
+    return peft.get_peft_model(build_llama(), lora_config(**options))
+
+
+def assert_adapter_is_loaded_by_peft(checkpoint: Path, base: torch.nn.Module, trained: Any) -> None:
+    loaded = peft.PeftModel.from_pretrained(base, checkpoint)
+    expected = peft.get_peft_model_state_dict(trained)
+    assert_same(peft.get_peft_model_state_dict(loaded), expected)
+
+
+def assert_holds_the_adapter_alone(checkpoint: Path, trained: Any) -> None:
+    held = {tensor.fqn for tensor in open_checkpoint(checkpoint).manifest.tensors}
+    assert held == {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    assert not (checkpoint / "model.safetensors.index.json").exists()
+    assert verify_checkpoint(checkpoint).is_good
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "and-a-head"])
+def test_lora_in_a_trainer(options: dict[str, Any], tmp_path: Path) -> None:
+    def make(directory: Path, stop: int | None) -> Trainer:
+        return tailor(build_trainer(directory, model=build_lora(**options), stop=stop, max_steps=15))
+
+    resumed = assert_resumes(make, tmp_path)
+    checkpoint = tmp_path / "run/checkpoint-15"
+    assert_holds_the_adapter_alone(checkpoint, resumed.model)
+    assert_adapter_is_loaded_by_peft(checkpoint, build_llama(), resumed.model)
+
+
+def test_best_lora_is_loaded_at_the_end(tmp_path: Path) -> None:
+    trainer = tailor(
+        build_trainer(
+            tmp_path,
+            model=build_lora(),
+            max_steps=15,
+            eval_strategy="steps",
+            eval_steps=5,
+            load_best_model_at_end=True,
+            learning_rate=-0.5,  # every step makes it worse
+            extra={"eval_dataset": token_examples(8)},
+        )
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-5")
+    assert_adapter_is_loaded_by_peft(tmp_path / "checkpoint-5", build_llama(), trainer.model)
+
+
+def test_lora_in_a_plain_loop(tmp_path: Path) -> None:
+    def train(directory: Path, until: int) -> tuple[Any, Any]:
+        model = build_lora()
+        optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+        with Run(directory, model, optimizer, save_steps=4) as run:
+            model.train()
+            for step in range(run.resume(), until):
+                batch = token_rows()[step % 20 : step % 20 + 2]
+                model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                run.step(step + 1)
+        return model, optimizer
+
+    torch.manual_seed(1)
+    whole, whole_optimizer = train(tmp_path / "whole", 12)
+    torch.manual_seed(1)
+    train(tmp_path / "run", 4)
+    resumed, optimizer = train(tmp_path / "run", 12)
+
+    assert_same(snapshot_model(resumed), snapshot_model(whole))
+    assert_same(snapshot_optimizer(resumed, optimizer), snapshot_optimizer(whole, whole_optimizer))
+    checkpoint = tmp_path / "run/checkpoint-12"
+    assert_holds_the_adapter_alone(checkpoint, resumed)
+    assert_adapter_is_loaded_by_peft(checkpoint, build_llama(), resumed)
+
+
+def test_lora_composite_holds_each_layer_of_its_step(tmp_path: Path) -> None:
+    trainer = tailor(build_trainer(tmp_path, model=build_lora(), max_steps=15), strategy="parity")
+    trainer.train()
+    steps = {layer.name: layer.step for layer in open_checkpoint(tmp_path / "checkpoint-15").manifest.layers}
+    assert set(steps.values()) == {10, 15}
+
+
+# ---- In place ----
+
+
+def test_tailor_keeps_what_the_class_overrides(tmp_path: Path) -> None:
+    calls = []
+
+    class OwnTrainer(Trainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            calls.append("before")
+            super()._save_checkpoint(model, trial)
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            super()._save(output_dir, state_dict)
+            assert output_dir is not None
+            (Path(output_dir) / "extra.txt").write_text("mine")
+
+    trainer = tailor(build_trainer(tmp_path, trainer_class=OwnTrainer, model=build_qwen2(), max_steps=5))
+    assert isinstance(trainer, OwnTrainer)
+    trainer.train()
+    assert calls == ["before"]
+    assert (tmp_path / "checkpoint-5/extra.txt").read_text() == "mine"
+    assert "extra.txt" in {file.path for file in open_checkpoint(tmp_path / "checkpoint-5").manifest.files}
+    assert "model.safetensors" not in os.listdir(tmp_path / "checkpoint-5")
+
+
+def test_tailor_twice_changes_the_options(tmp_path: Path) -> None:
+    trainer = tailor(tailor(build_trainer(tmp_path, max_steps=10)), strategy="parity")
+    assert type(trainer).__mro__.count(TailorMixin) == 1
+    trainer.train()
+    assert open_checkpoint(tmp_path / "checkpoint-10").manifest.strategy == "parity()"
