@@ -14,8 +14,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from llmtailor import __version__
-from llmtailor.reports import inventory
+from llmtailor import __version__, inventory
 
 Command: TypeAlias = Callable[..., Any]
 

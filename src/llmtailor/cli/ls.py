@@ -18,7 +18,7 @@ def ls(
     is_quiet: IsQuiet = False,
 ) -> None:
     """List the checkpoints of a run, and what they take on disk."""
-    from ..reports.inventory import take_inventory
+    from ..inventory import take_inventory
     from ..reports.listing import Listing
 
     Output(as_json=as_json, is_quiet=is_quiet).show(Listing(take_inventory(run)))

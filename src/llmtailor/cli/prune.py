@@ -38,7 +38,7 @@ def prune(
     """Remove old checkpoints of a run that nobody is writing. Those that stay keep all their files."""
     from contextlib import closing
 
-    from ..reports.inventory import State, take_inventory
+    from ..inventory import State, take_inventory
     from ..reports.removal import plan_removal
     from ..storage import RunDirectory
 

@@ -23,7 +23,7 @@ def show(
     """Show what a checkpoint is made of: layers and the steps they are of, optimizers, files."""
     from ..checkpoint import open_checkpoint
     from ..reports.checkpoint_page import CheckpointPage
-    from ..reports.targets import newest_checkpoint
+    from ..targets import newest_checkpoint
 
     page = CheckpointPage(checkpoint=open_checkpoint(newest_checkpoint(path)), has_tensors=has_tensors)
     Output(as_json=as_json, is_quiet=is_quiet).show(page)

@@ -21,8 +21,8 @@ def verify(
 ) -> None:
     """Read every byte of checkpoints and tell what is not as it was published. Exit code 5 if anything is."""
     from ..errors import IntegrityError
-    from ..reports.targets import find_checkpoints
     from ..reports.verification import total_nbytes, verify_all
+    from ..targets import find_checkpoints
 
     out = Output(as_json=as_json, is_quiet=is_quiet)
     checkpoints = find_checkpoints(paths)

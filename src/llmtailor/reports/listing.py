@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .inventory import Inode, Inventory, RunEntry, State
+from ..inventory import Inode, Inventory, RunEntry, State
 from .units import format_bytes, format_number_of
 
 if TYPE_CHECKING:

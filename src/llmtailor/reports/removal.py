@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IncompleteError, InvalidInputError
+from ..inventory import Inventory, RunEntry, State, freed_nbytes
 from ..retention import Kept, choose_removals
-from .inventory import Inventory, RunEntry, State, freed_nbytes
 from .units import format_bytes, format_number_of
 
 if TYPE_CHECKING:

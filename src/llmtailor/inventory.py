@@ -13,10 +13,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TypeAlias
 
-from ..errors import FormatError, NotFoundError
-from ..manifest import MANIFEST_NAME, Manifest
-from ..storage import STAGING_NAME, CheckpointEntry, list_attempts, list_checkpoints, list_set_aside
-from ..verify import read_manifest
+from .errors import FormatError, NotFoundError
+from .manifest import MANIFEST_NAME, Manifest
+from .storage import STAGING_NAME, CheckpointEntry, list_attempts, list_checkpoints, list_set_aside
+from .verify import read_manifest
 
 __all__ = ["Inode", "Inventory", "RunEntry", "State", "StoredFile", "freed_nbytes", "measure_tree", "take_inventory"]
 

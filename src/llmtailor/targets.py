@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..errors import NotFoundError
-from ..manifest import MANIFEST_NAME
-from ..storage import list_checkpoints
+from .errors import NotFoundError
+from .manifest import MANIFEST_NAME
+from .storage import list_checkpoints
 
 __all__ = ["find_checkpoints", "newest_checkpoint"]
 
