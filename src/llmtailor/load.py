@@ -125,7 +125,11 @@ def load_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Seque
         fqns = [fqn for group in groups for fqn in group.parameters]
         metas = {fqn: saved[fqn].metas() if fqn in saved else {} for fqn in fqns}
         notes = {fqn: saved[fqn].notes for fqn in fqns if fqn in saved}
-        check_state(optimizer, names, metas, groups, record.name, notes=notes)
+        try:
+            check_state(optimizer, names, metas, groups, record.name, notes=notes)
+        except IncompatibleError as err:
+            err.path = str(checkpoint.path)
+            raise
     parameters = dict(state.parameters())
     for optimizer, groups in zip(live, records, strict=True):
         load_groups(optimizer, names, groups)

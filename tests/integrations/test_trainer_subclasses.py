@@ -30,6 +30,7 @@ from tiny_models import (
     build_qwen2,
     build_trainer,
     losses,
+    scripted_trainer,
     snapshot_model,
     snapshot_optimizer,
     token_examples,
@@ -198,18 +199,7 @@ def test_lora_in_a_trainer(options: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_best_lora_is_loaded_at_the_end(tmp_path: Path) -> None:
-    trainer = tailor(
-        build_trainer(
-            tmp_path,
-            model=build_lora(),
-            max_steps=15,
-            eval_strategy="steps",
-            eval_steps=5,
-            load_best_model_at_end=True,
-            learning_rate=-0.5,  # every step makes it worse
-            extra={"eval_dataset": token_examples(8)},
-        )
-    )
+    trainer = tailor(scripted_trainer(tmp_path, [1.0, 2.0, 3.0], model=build_lora()))
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-5")
     assert_adapter_is_loaded_by_peft(tmp_path / "checkpoint-5", build_llama(), trainer.model)
