@@ -22,17 +22,26 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from . import __version__
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import FormatError, InvalidInputError, NotFoundError, SaveFailedWarning, TailorError, WriteError
+from .errors import (
+    FormatError,
+    InvalidInputError,
+    NotFoundError,
+    SaveFailedWarning,
+    StrategyIgnoredWarning,
+    TailorError,
+    WriteError,
+)
 from .manifest import INDEX_NAME, FileRecord, Manifest, Parent, World, Writer
 from .model_state import ModelState, is_adapted, read_model
 from .resume import find_resumable
 from .retention import Kept, choose_removals
 from .save_plan import Contents, SavePlan, encode_index, plan_save
 from .storage import LocalFileSystem, RunDirectory, list_checkpoints
-from .strategies import SaveContext, Strategy, parse_strategy
+from .strategies import Full, SaveContext, Strategy, parse_strategy
 from .writer import LinkedFile, SaveHandle, SaveJob, SaveStats, WrittenLayer, write_checkpoint
 
 __all__ = ["Checkpointer"]
@@ -194,7 +203,7 @@ class Checkpointer:
             optimizers,
             step=step,
             contents=contents,
-            strategy=self._strategy,
+            strategy=self._strategy_for(module),
             parent=None if parent is None else parent.manifest,
             is_linkable=self._is_linkable,
         )
@@ -227,6 +236,17 @@ class Checkpointer:
         )
         return SaveHandle(step, path=path, manifest=manifest, stats=stats)
 
+    def _strategy_for(self, module: torch.nn.Module) -> Strategy:
+        if not is_adapted(module) or isinstance(self._strategy, Full):
+            return self._strategy
+        # PEFT's own file always holds the whole adapter as it is now: beside it, a composite would be another model.
+        warnings.warn(
+            f"{self._strategy.text} is not applied to adapters: they are saved whole, as PEFT's own file is",
+            StrategyIgnoredWarning,
+            stacklevel=2,
+        )
+        return Full()
+
     def _build_manifest(
         self, plan: SavePlan, written: Mapping[str, WrittenLayer], small: Sequence[FileRecord]
     ) -> Manifest:
@@ -238,7 +258,7 @@ class Checkpointer:
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             parent=None if parent is None else Parent(step=parent.manifest.step, digest=parent.digest),
             contents=plan.contents,
-            strategy=self._strategy.text,
+            strategy=plan.strategy,
             world=World(size=1, sharding="none"),
             writer=Writer(
                 llmtailor=__version__,
@@ -300,12 +320,12 @@ def _is_consistent(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _translate_small_file_errors(directory: Path) -> Iterator[None]:
-    """Errors of the trainer's own writing: torch.save reports a full disk as a RuntimeError of its zip writer."""
+    """Errors of the trainer's own writing: torch.save says RuntimeError of a full disk, safetensors SafetensorError."""
     try:
         yield
     except TailorError:
         raise
-    except (OSError, RuntimeError) as err:
+    except (OSError, RuntimeError, SafetensorError) as err:
         status = os.statvfs(directory)
         is_full = getattr(err, "errno", None) == errno.ENOSPC or status.f_bavail * status.f_frsize < 2**20
         raise WriteError(

@@ -34,6 +34,7 @@ __all__ = [
     "NotFoundError",
     "QuarantineWarning",
     "SaveFailedWarning",
+    "StrategyIgnoredWarning",
     "SupersededWarning",
     "TailorError",
     "TailorWarning",
@@ -187,6 +188,10 @@ class QuarantineWarning(TailorWarning):
 
 class SaveFailedWarning(TailorWarning):
     """A save failed; training goes on and older checkpoints are intact."""
+
+
+class StrategyIgnoredWarning(TailorWarning):
+    """All layers were written although the strategy chose some of them."""
 
 
 class SupersededWarning(TailorWarning):

@@ -41,6 +41,7 @@ __all__ = [
 MANIFEST_NAME = "tailor.json"
 INDEX_NAME = "model.safetensors.index.json"
 FORMAT_VERSION = 1
+_FORMAT = "llmtailor-checkpoint"
 
 _DIGEST = r"xxh3_128:[0-9a-f]{32}"
 _TRAILER = re.compile(rb',\n"digest": "(' + _DIGEST.encode() + rb')"\n\}\n\Z')
@@ -97,7 +98,7 @@ class TensorRecord(_Record):
     kind: Literal["parameter", "buffer"]
     layer: Name
     dtype: Annotated[str, AfterValidator(_check_dtype)]
-    shape: tuple[Count, ...]
+    shape: Annotated[tuple[Count, ...], Field(max_length=64)]
     trainable: bool
     tied_to: Name | None
     """The fqn that holds the bytes, or None."""
@@ -315,7 +316,17 @@ def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
         )
     fields = parse_object(text, what="manifest", path=path)
     version = fields.get("format_version")
-    if fields.get("format") == "llmtailor-checkpoint" and (type(version) is not int or version != FORMAT_VERSION):
+    # Both have defaults for who builds a manifest; in a file they must stand there.
+    if fields.get("format") != _FORMAT:
+        raise FormatError(
+            f"the manifest breaks the specification at $.format: it is not {_FORMAT!r}",
+            kind="manifest-schema",
+            path=path,
+            expected=_FORMAT,
+            found=ascii(fields.get("format"))[:200],
+            hint=_HINT,
+        )
+    if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(
             "the checkpoint has a format version this program does not know",
             kind="format-version",

@@ -73,16 +73,18 @@ def check_state(
         notes: fqn -> leaf -> note; none where absent.
 
     Raises:
-        IncompatibleError: Something does not fit; tells everything that does not.
+        IncompatibleError: Something does not fit; tells everything that does not, but of another class only that.
         FormatError: A note or an option is not one of ours.
     """
     for fqn in {**saved, **notes}:
         check_leaves(saved.get(fqn, {}), notes.get(fqn, {}), fqn)
     for group in groups:
         decode_option(list(group.options.values()))
+    if optimizer_class(optimizer) != saved_class:
+        # Its options and states differ as well, which would only hide the cause.
+        raise _mismatch([_Fault("its class is another", None, optimizer_class(optimizer), saved_class)])
     live = named_groups(optimizer, names)
     faults = [
-        *_class_faults(optimizer, saved_class),
         *_parameter_faults(live, saved, groups),
         *_option_faults(optimizer, live, groups),
     ]
@@ -112,11 +114,6 @@ def _mismatch(faults: Sequence[_Fault]) -> IncompatibleError:
 
 
 _HINT = "make the optimizer as the saved run made it; grouping and order of the parameters are free"
-
-
-def _class_faults(optimizer: Optimizer, saved_class: str) -> Iterator[_Fault]:
-    if optimizer_class(optimizer) != saved_class:
-        yield _Fault("its class is another", None, optimizer_class(optimizer), saved_class)
 
 
 def _parameter_faults(

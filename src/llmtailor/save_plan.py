@@ -42,6 +42,8 @@ class SavePlan:
     step: int
     save_index: int
     contents: Contents
+    strategy: str
+    """As the user would write it."""
     tensors: tuple[TensorRecord, ...]
     optimizers: tuple[OptimizerRecord, ...]
     layers: tuple[Layer, ...]
@@ -136,6 +138,7 @@ def plan_save(
         step=step,
         save_index=save_index,
         contents=contents,
+        strategy=strategy.text,
         tensors=state.records,
         optimizers=records,
         layers=layers,

@@ -216,7 +216,6 @@ def test_error_that_is_no_failure_of_the_disk_stops_training(tmp_path: Path) -> 
     assert os.listdir(tmp_path / ".staging") == ["lock"]
 
 
-@pytest.mark.xfail(reason="SafetensorError is neither an OSError nor a RuntimeError")
 def test_adapter_file_on_a_full_disk_is_a_failed_save(tmp_path: Path) -> None:
     class Adapted(torch.nn.Linear):
         peft_config = None

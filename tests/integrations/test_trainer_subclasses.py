@@ -21,6 +21,7 @@ from transformers import (
 
 from llmtailor import Run
 from llmtailor.checkpoint import open_checkpoint
+from llmtailor.errors import StrategyIgnoredWarning
 from llmtailor.integrations.transformers import TailorMixin, tailor
 from llmtailor.verify import verify_checkpoint
 from tiny_models import (
@@ -232,11 +233,13 @@ def test_lora_in_a_plain_loop(tmp_path: Path) -> None:
     assert_adapter_is_loaded_by_peft(checkpoint, build_llama(), resumed)
 
 
-def test_lora_composite_holds_each_layer_of_its_step(tmp_path: Path) -> None:
+def test_lora_is_saved_whole_whatever_the_strategy(tmp_path: Path) -> None:
     trainer = tailor(build_trainer(tmp_path, model=build_lora(), max_steps=15), strategy="parity")
-    trainer.train()
-    steps = {layer.name: layer.step for layer in open_checkpoint(tmp_path / "checkpoint-15").manifest.layers}
-    assert set(steps.values()) == {10, 15}
+    with pytest.warns(StrategyIgnoredWarning, match="adapters"):
+        trainer.train()
+    manifest = open_checkpoint(tmp_path / "checkpoint-15").manifest
+    assert manifest.is_consistent
+    assert manifest.strategy == "full()"
 
 
 # ---- In place ----

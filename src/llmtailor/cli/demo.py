@@ -13,10 +13,10 @@ __all__ = ["demo"]
 
 
 def demo(
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 72,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 120,
     size: Annotated[
         Literal["tiny", "small", "medium"],
-        typer.Option(help="Of the model: 3, 100 or 280 MB a full save; medium takes many minutes."),
+        typer.Option(help="Of the model: 3, 57 or 280 MB a full save; medium takes many minutes."),
     ] = "small",
     strategy: Annotated[str, typer.Option(help="Which layers a save writes.")] = "parity",
     save_steps: Annotated[int, typer.Option(help="A save every so many steps.")] = 8,
