@@ -38,6 +38,7 @@ LEVELS = {
     "diff": 4,
     "estimate": 4,
     "plan": 4,
+    "progress": 4,
     "save_plan": 4,
     "verify": 4,
     "writer": 4,

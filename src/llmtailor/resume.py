@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import IncompleteError, IntegrityError, QuarantineWarning
+from .errors import FormatError, IncompleteError, IntegrityError, QuarantineWarning, TailorError
+from .manifest import MANIFEST_NAME, Manifest
+from .progress import show_reading
 from .storage import RunDirectory, list_checkpoints, newest_step_seen
-from .verify import verify_checkpoint
+from .verify import FileState, VerifyReport, verify_checkpoint
 
 __all__ = ["find_resumable", "open_resumable"]
 
@@ -36,9 +39,11 @@ def find_resumable(
         OSError: The device failed (``EIO``) or this process may not read; nothing was renamed for that.
     """
     newest = newest_step_seen(run.path)
-    refused: list[str] = []
-    num_bad = 0
+    bad: list[str] = []
+    unfit: list[str] = []
+    digests: dict[FileState, str] = {}  # a file that several checkpoints share is read once
     for entry in reversed(list_checkpoints(run.path)):
+        name = entry.path.name
         if not entry.has_manifest:
             warnings.warn(
                 f"{entry.path} has no manifest, so it is not ours or it is half a checkpoint; it was left alone",
@@ -46,27 +51,44 @@ def find_resumable(
                 stacklevel=2,
             )
             continue
-        report = verify_checkpoint(entry.path)
-        if any(problem.kind == "format-version" for problem in report.problems):
-            # A newer program wrote it and its digest is right: nothing is wrong with it but our age.
-            open_checkpoint(entry.path)
+        try:
+            found = open_checkpoint(entry.path)
+        except FormatError as err:
+            if err.kind == "format-version":
+                # A newer program wrote it and its digest is right: nothing is wrong with it but our age.
+                raise
+            bad.append(_quarantine(run, entry.path, f"{MANIFEST_NAME}: {err.what}"))
+            continue
+        if missing := _find_missing(found.manifest, consistent=consistent):
+            unfit.append(f"{name}: without {missing}")
+            continue
+        report = _verify(found, digests)
         if not report.is_good:
             reason = "; ".join(f"{problem.path}: {problem.detail}" for problem in report.problems[:10])
-            target = run.quarantine(entry.path, reason)
-            warnings.warn(f"{entry.path.name} does not verify ({reason}); kept as {target.name}", QuarantineWarning, 2)
-            refused.append(f"{entry.path.name}: {reason}")
-            num_bad += 1
-            continue
-        found = open_checkpoint(entry.path)
-        if found.manifest.contents != "full" or (consistent and not found.manifest.is_consistent):
-            missing = "optimizer state" if found.manifest.contents != "full" else "layers of one step"
-            refused.append(f"{entry.path.name}: without {missing}")
+            bad.append(_quarantine(run, entry.path, reason))
             continue
         _check_rollback(found, newest, max_rollback_steps)
         return found
-    if refused:
-        _raise_none_left(run.path, refused, is_any_bad=num_bad > 0, consistent=consistent)
+    if bad or unfit:
+        raise _none_left(run.path, bad, unfit, consistent=consistent)
     return None
+
+
+def _find_missing(manifest: Manifest, *, consistent: bool) -> str | None:
+    if manifest.contents != "full":
+        return "optimizer state"
+    return "layers of one step" if consistent and not manifest.is_consistent else None
+
+
+def _quarantine(run: RunDirectory, path: Path, reason: str) -> str:
+    target = run.quarantine(path, reason)
+    warnings.warn(f"{path.name} does not verify ({reason}); kept as {target.name}", QuarantineWarning, stacklevel=3)
+    return f"{path.name}: {reason}"
+
+
+def _verify(checkpoint: Checkpoint, digests: dict[FileState, str] | None = None) -> VerifyReport:
+    with show_reading(f"verify {checkpoint.path.name}", lambda: checkpoint.manifest.nbytes) as on_file:
+        return verify_checkpoint(checkpoint.path, on_file=on_file, digests=digests)
 
 
 def open_resumable(path: Path) -> Checkpoint:
@@ -78,7 +100,7 @@ def open_resumable(path: Path) -> Checkpoint:
         FormatError: Its manifest is of another version.
     """
     checkpoint = open_checkpoint(path)
-    verify_checkpoint(path).raise_if_bad()
+    _verify(checkpoint).raise_if_bad()
     return checkpoint
 
 
@@ -95,20 +117,22 @@ def _check_rollback(found: Checkpoint, newest: int | None, limit: int | None) ->
         )
 
 
-def _raise_none_left(run: Path, refused: list[str], *, is_any_bad: bool, consistent: bool) -> None:
-    found = "\n            ".join(refused[:10])
-    if not is_any_bad:
-        raise IncompleteError(
+def _none_left(run: Path, bad: Sequence[str], unfit: Sequence[str], *, consistent: bool) -> TailorError:
+    found = "\n            ".join([*bad, *unfit][:10])
+    if not bad:
+        return IncompleteError(
             "no checkpoint of the run can be resumed from as asked",
             kind="no-consistent" if consistent else "weights-only",
             path=run,
+            expected="one with layers of one step" if consistent else "one with optimizer state",
             found=found,
             hint="resume without consistent=True; from_pretrained loads checkpoints that hold weights alone",
         )
-    raise IntegrityError(
+    return IntegrityError(
         "no checkpoint of the run verifies",
         kind="none-verifies",
         path=run,
+        expected="at least one whose files are as they were published",
         found=found,
         hint="the directories were kept as *.bad; start anew in another directory, or restore them from a copy",
     )

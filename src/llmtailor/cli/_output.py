@@ -8,8 +8,8 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,33 +58,11 @@ class Output:
         sys.stderr.flush()
         return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
-    @contextmanager
-    def file_progress(self, find_total: Callable[[], int]) -> Iterator[Callable[[FileRecord], None]]:
-        """A bar on stderr, if that is a terminal.
+    def file_progress(self, find_total: Callable[[], int]) -> AbstractContextManager[Callable[[FileRecord], None]]:
+        """A bar on stderr, if that is a terminal; see ``progress.show_reading``."""
+        from ..progress import show_reading
 
-        Args:
-            find_total: Gives the number of bytes; called only where there is a bar.
-
-        Yields:
-            To be called before each file is read.
-        """
-        if self.is_quiet or not sys.stderr.isatty():
-            yield lambda record: None
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("verify", total=find_total())
-            begun: list[FileRecord] = []
-
-            def advance(record: FileRecord) -> None:
-                # The file before this one is done.
-                progress.advance(task, sum(each.bytes for each in begun))
-                begun[:] = [record]
-
-            yield advance
+        return nullcontext(lambda record: None) if self.is_quiet else show_reading("verify", find_total)
 
 
 def _print_tables(report: Report) -> None:
