@@ -42,6 +42,7 @@ bench: $(DEV)  ## Run every benchmark in turn; results in benchmarks/results/
 	@set -e; for bench in $(sort $(wildcard benchmarks/bench_*.py)); do \
 	  echo "== $$bench"; $(BIN)/python $$bench; \
 	done
+	$(BIN)/python benchmarks/readme_table.py
 
 docs: $(DEV)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,7 +1,7 @@
 """How long do ``llmtailor ls`` and ``show`` take to answer, process start included?
 
-A run of 8 parity checkpoints of a Llama of 35 layers (32 blocks, 291 tensors, as Llama-3.1-8B has). Wall-clock time of the
-whole command, interleaved.
+A run of 8 parity checkpoints of a Llama of 35 layers (32 blocks, 291 tensors, as Llama-3.1-8B has). Wall-clock time of
+the whole command, interleaved.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from environment import publish
-from transformers import AutoModelForCausalLM, LlamaConfig
+from models import llama_of_35_layers
 
 from llmtailor.checkpointer import Checkpointer
 
@@ -24,20 +23,7 @@ NUM_CHECKPOINTS = 8
 
 
 def make_run(directory: str) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=224,
-        num_hidden_layers=32,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(0, config.vocab_size, (1, 8))
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    optimizer.step()
+    model, optimizer = llama_of_35_layers(hidden_size=64, vocab_size=512)
     checkpointer = Checkpointer(directory, strategy="parity")
     for step in range(1, NUM_CHECKPOINTS + 1):
         checkpointer.save(step, model, [optimizer], lambda directory: None).result()

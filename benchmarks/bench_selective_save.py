@@ -1,7 +1,7 @@
 """What do two parity saves write against two full ones, and what does publishing cost when nothing is written?
 
-A Llama of 35 layers (32 blocks, embedding, norm, head) in the proportions of Llama-3.1-8B, AdamW in fp32. The publish row takes
-the time of a save that links every layer, less the time in which some fsync was running.
+A Llama of 35 layers (32 blocks, embedding, norm, head) in the proportions of Llama-3.1-8B, AdamW in fp32. The publish
+row takes the time of a save that links every layer, less the time in which some fsync was running.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from environment import publish
-from transformers import AutoModelForCausalLM, LlamaConfig
+from models import llama_of_35_layers
 
 from llmtailor.checkpointer import Checkpointer
 from llmtailor.storage import LocalFileSystem
@@ -52,25 +52,6 @@ class TimedFileSystem:
         return total
 
 
-def build() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(0)
-    # Llama-3.1-8B at a sixteenth of its width: hidden 256, MLP 896, a vocabulary that keeps the head's share of bytes.
-    config = LlamaConfig(
-        vocab_size=8016,
-        hidden_size=256,
-        intermediate_size=896,
-        num_hidden_layers=32,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(0, config.vocab_size, (1, 8))
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    optimizer.step()
-    return model, optimizer
-
-
 def written_by_two(strategy: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
     with tempfile.TemporaryDirectory() as directory:
         checkpointer = Checkpointer(directory, strategy=strategy)
@@ -101,7 +82,8 @@ def publish_secs(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tu
 
 
 def main() -> None:
-    model, optimizer = build()
+    # Llama-3.1-8B at a sixteenth of its width, and a vocabulary that keeps the head's share of the bytes.
+    model, optimizer = llama_of_35_layers(hidden_size=256, vocab_size=8016)
     full, parity = (written_by_two(strategy, model, optimizer) for strategy in ("full", "parity"))
     beyond, total = publish_secs(model, optimizer)
     publish(

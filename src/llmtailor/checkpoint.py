@@ -6,10 +6,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from .errors import IncompleteError
 from .manifest import Manifest
 from .verify import read_manifest
 
-__all__ = ["Checkpoint", "describe_layers", "open_checkpoint", "summarize_steps"]
+__all__ = ["Checkpoint", "describe_layers", "open_checkpoint", "require_optimizer", "summarize_steps"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,21 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """
     manifest, digest = read_manifest(Path(path))
     return Checkpoint(path=Path(path), manifest=manifest, digest=digest)
+
+
+def require_optimizer(checkpoint: Checkpoint) -> None:
+    """Raise unless training can be resumed from a checkpoint.
+
+    Raises:
+        IncompleteError: It holds weights alone.
+    """
+    if checkpoint.manifest.contents != "full":
+        raise IncompleteError(
+            "the checkpoint holds weights alone; training cannot be resumed from it",
+            kind="weights-only",
+            path=checkpoint.path,
+            hint="load it with from_pretrained, or resume from one that was not saved with save_only_model",
+        )
 
 
 def summarize_steps(manifest: Manifest) -> dict[int, list[str]]:

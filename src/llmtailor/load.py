@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint
-from .errors import FormatError, IncompatibleError, IncompleteError
+from .checkpoint import Checkpoint, require_optimizer
+from .errors import FormatError, IncompatibleError
 from .formats.safetensors import OpenFile
 from .manifest import LayerRecord
 from .model_state import ModelState, check_model
@@ -99,13 +99,7 @@ def load_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Seque
         IntegrityError, NotFoundError: A file changed or is gone. Nothing was changed.
     """
     manifest = checkpoint.manifest
-    if manifest.contents != "full":
-        raise IncompleteError(
-            "the checkpoint holds weights alone; training cannot be resumed from it",
-            kind="weights-only",
-            path=checkpoint.path,
-            hint="load it with from_pretrained, or resume from a checkpoint that was not saved with save_only_model",
-        )
+    require_optimizer(checkpoint)
     if len(optimizers) != len(manifest.optimizers):
         raise IncompatibleError(
             "the number of optimizers differs",

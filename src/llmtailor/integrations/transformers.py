@@ -33,7 +33,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
-from ..checkpoint import Checkpoint, describe_layers, open_checkpoint
+from ..checkpoint import Checkpoint, describe_layers, open_checkpoint, require_optimizer
 from ..checkpointer import Checkpointer
 from ..errors import (
     FormatError,
@@ -171,7 +171,7 @@ class TailorMixin(_Base):
                 )
         elif _is_ours(wanted) or not _is_stock(wanted):
             found = open_resumable(Path(wanted))
-            _require_optimizer(found)
+            require_optimizer(found)
         else:
             # A checkpoint of stock transformers: stock code loads it, and our first save is full.
             checkpointer.begin(None)
@@ -398,16 +398,6 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if were_enabled:
             bars.enable_progress_bar()
-
-
-def _require_optimizer(checkpoint: Checkpoint) -> None:
-    if checkpoint.manifest.contents != "full":
-        raise IncompleteError(
-            "the checkpoint holds weights alone; training cannot be resumed from it",
-            kind="weights-only",
-            path=checkpoint.path,
-            hint="load it with from_pretrained, or resume from one that was not saved with save_only_model",
-        )
 
 
 def _require_trainer(checkpoint: Checkpoint) -> None:

@@ -70,6 +70,14 @@ class RunLock:
     def release(self) -> None:
         """Let go; more than once is fine."""
         if self._descriptor is not None:
+            # Not left to close: a process that was just spawned has a copy until it comes to its exec.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Close this process's copy; another process's lock stays."""
+        if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -86,7 +94,7 @@ def _forget_in_child() -> None:
     # A forked child (a DataLoader worker) shares the lock and would keep it alive after its parent was killed.
     for lock in _HELD:
         with contextlib.suppress(OSError):
-            lock.release()
+            lock._forget()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,52 @@
+"""Write the README's table from the results beside the benchmarks; ``make bench`` runs it last."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+_TABLE = re.compile(r"\| on \d+ cores.*?(?=\n\n)", re.DOTALL)
+
+
+def make_table() -> str:
+    """The table, as it has to stand in the README."""
+    saves, demo, cli = (_read(question) for question in ("selective_save", "demo", "cli"))
+    saved, killed, listed = saves["rows"], demo["rows"], cli["rows"]
+    full, parity = saved["two_full_saves_bytes"] / 2e6, saved["two_parity_saves_bytes"] / 2e6
+    publish = saved["publish_nothing_written_ms_beyond_fsync_median"]
+    losses = [f"{killed[run]['validation_loss']:.3f}" for run in ("reference", "recovered")]
+    size = f"{killed['num_parameters'] / 1e6:.1f} M parameters, seed {killed['seed']}"
+    rows = [
+        (f"on {saves['environment']['cores']} cores; figures from `benchmarks/results/`", "`full`", "`parity`"),
+        ("---", "---", "---"),
+        ("bytes of a save, Llama shape of 35 layers", f"{full:.1f} MB", f"{parity:.1f} MB"),
+        ("a save of 35 layers that writes none of them, beyond its fsyncs", "", f"{publish:.0f} ms"),
+        (
+            f"steps lost by SIGKILL in mid-save, saving every {killed['save_steps']}",
+            "not killed",
+            str(killed["crash"]["lost_steps"]),
+        ),
+        (f"validation loss at the end ({size})", *losses),
+        (f"`llmtailor ls` of {listed['checkpoints']} checkpoints", "", f"{listed['ls_secs_median']:.2f} s"),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+
+
+def _read(question: str) -> dict[str, Any]:
+    text = (ROOT / "benchmarks" / "results" / f"{question}.json").read_text(encoding="utf-8")
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    assert _TABLE.search(text), "the README has no table to replace"
+    readme.write_text(_TABLE.sub(make_table(), text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
