@@ -270,14 +270,18 @@ class StagedCheckpoint:
 
     def _fsync_files(self) -> None:
         """fsync and close all open files, each once, whatever happens to the others."""
-        descriptors, self._open_files = self._open_files, []
         with translate_os_errors("make a checkpoint durable", self.path):
-            with ThreadPoolExecutor(_FSYNC_THREADS) as pool:
-                faults = [fault for fault in pool.map(self._fsync_and_close, descriptors) if fault is not None]
+            try:
+                with ThreadPoolExecutor(_FSYNC_THREADS) as pool:
+                    outcomes = pool.map(self._fsync_and_close, list(self._open_files))
+                    faults = [fault for fault in outcomes if fault is not None]
+            except RuntimeError as err:  # threading says so of a limit on processes; ``abandon`` closes what is left
+                raise OSError(errno.EAGAIN, "no thread can be started") from err
             if faults:
                 raise faults[0]
 
     def _fsync_and_close(self, descriptor: int) -> OSError | None:
+        self._open_files.remove(descriptor)
         fault: OSError | None = None
         for call in (self._filesystem.fsync, self._filesystem.close):
             try:
