@@ -20,7 +20,7 @@ from typing import Any
 from faults import FaultyFileSystem, SimulatedCrash
 
 ROOT = 0
-STAGING = ".staging"
+STAGING = "_staging"
 
 
 @dataclass(frozen=True)

@@ -371,7 +371,7 @@ def open_descriptors() -> set[str]:
 
 def staged_names(run: Path) -> set[str]:
     """What is in flight, the lock apart."""
-    return {name for name in os.listdir(run / ".staging") if name != "lock"}
+    return {name for name in os.listdir(run / "_staging") if name != "lock"}
 
 
 def flip_bit(path: Path, bit: int) -> None:

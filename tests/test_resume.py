@@ -39,7 +39,7 @@ def spoil(checkpoint: Checkpoint, name: str = "scheduler.pt") -> None:
 
 
 def names(run: RunDirectory) -> set[str]:
-    return {path.name for path in run.path.iterdir()} - {".staging"}
+    return {path.name for path in run.path.iterdir()} - {"_staging"}
 
 
 def found_step(run: RunDirectory, **how: Any) -> int | None:
@@ -67,8 +67,8 @@ def test_bad_one_is_set_aside_with_the_reason(run: RunDirectory, saved: dict[int
     spoil(saved[30])
     with pytest.warns(QuarantineWarning, match=r"checkpoint-30 does not verify \(scheduler.pt"):
         assert found_step(run) == 20
-    assert names(run) == {"checkpoint-10", "checkpoint-20", "checkpoint-30.bad"}
-    assert "scheduler.pt: the file's bytes changed" in (run.path / "checkpoint-30.bad/tailor-reason.txt").read_text()
+    assert names(run) == {"checkpoint-10", "checkpoint-20", "_checkpoint-30.bad"}
+    assert "scheduler.pt: the file's bytes changed" in (run.path / "_checkpoint-30.bad/tailor-reason.txt").read_text()
 
 
 def test_bad_ones_are_set_aside_one_after_the_other(run: RunDirectory, saved: dict[int, Checkpoint]) -> None:
@@ -91,9 +91,9 @@ def test_numbers_of_bad_ones_are_counted_up(run: RunDirectory) -> None:
     first = save_fake(run, 10)
     for suffix in ("bad", "bad-2", "bad-3"):
         spoil(save_fake(run, 20, parent=first))
-        with pytest.warns(QuarantineWarning, match=rf"kept as checkpoint-20\.{suffix}$"):
+        with pytest.warns(QuarantineWarning, match=rf"kept as _checkpoint-20\.{suffix}$"):
             assert found_step(run) == 10
-    assert names(run) == {"checkpoint-10", "checkpoint-20.bad", "checkpoint-20.bad-2", "checkpoint-20.bad-3"}
+    assert names(run) == {"checkpoint-10", "_checkpoint-20.bad", "_checkpoint-20.bad-2", "_checkpoint-20.bad-3"}
 
 
 def test_bad_one_is_not_looked_at_again(run: RunDirectory, saved: dict[int, Checkpoint]) -> None:
@@ -244,8 +244,8 @@ def test_failing_device_is_raised_and_nothing_is_renamed(
 
 
 def test_half_removed_and_staged_checkpoints_are_never_found(run: RunDirectory, saved: dict[int, Checkpoint]) -> None:
-    shutil.copytree(saved[30].path, run.path / ".staging" / "40-abc" / "checkpoint-40")
-    shutil.copytree(saved[30].path, run.path / "checkpoint-50.superseded")
+    shutil.copytree(saved[30].path, run.path / "_staging" / "40-abc" / "checkpoint-40")
+    shutil.copytree(saved[30].path, run.path / "_checkpoint-50.superseded")
     assert found_step(run) == 30
 
 

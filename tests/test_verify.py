@@ -189,7 +189,7 @@ def test_verify_of_the_wrong_step(saved: Checkpoint) -> None:
     assert [problem.kind for problem in verify_checkpoint(renamed).problems] == ["wrong-step"]
 
 
-@pytest.mark.parametrize("name", ["checkpoint-10.bad", "best", "checkpoint-x", "checkpoint-0010"])
+@pytest.mark.parametrize("name", ["_checkpoint-10.bad", "best", "checkpoint-x", "checkpoint-0010"])
 def test_verify_under_another_name(saved: Checkpoint, name: str) -> None:
     assert verify_checkpoint(saved.path.rename(saved.path.with_name(name))).is_good
 

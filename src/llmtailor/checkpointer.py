@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from . import __version__
@@ -33,6 +34,7 @@ from .errors import (
     SaveFailedWarning,
     StrategyIgnoredWarning,
     TailorError,
+    UnsupportedError,
     WriteError,
 )
 from .manifest import INDEX_NAME, FileRecord, Manifest, Parent, World, Writer
@@ -251,27 +253,28 @@ class Checkpointer:
         self, plan: SavePlan, written: Mapping[str, WrittenLayer], small: Sequence[FileRecord]
     ) -> Manifest:
         parent = self._parent
-        return Manifest(
-            run_id=self._run_id,
-            step=plan.step,
-            save_index=plan.save_index,
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            parent=None if parent is None else Parent(step=parent.manifest.step, digest=parent.digest),
-            contents=plan.contents,
-            strategy=plan.strategy,
-            world=World(size=1, sharding="none"),
-            writer=Writer(
-                llmtailor=__version__,
-                torch=torch.__version__,
-                python=platform.python_version(),
-                host=socket.gethostname(),
-                pid=os.getpid(),
-            ),
-            tensors=plan.tensors,
-            optimizers=plan.optimizers,
-            layers=plan.record_layers(written),
-            files=tuple(small),
-        )
+        with _translate_schema_errors(self._directory):
+            return Manifest(
+                run_id=self._run_id,
+                step=plan.step,
+                save_index=plan.save_index,
+                created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                parent=None if parent is None else Parent(step=parent.manifest.step, digest=parent.digest),
+                contents=plan.contents,
+                strategy=plan.strategy,
+                world=World(size=1, sharding="none"),
+                writer=Writer(
+                    llmtailor=__version__,
+                    torch=torch.__version__,
+                    python=platform.python_version(),
+                    host=socket.gethostname(),
+                    pid=os.getpid(),
+                ),
+                tensors=plan.tensors,
+                optimizers=plan.optimizers,
+                layers=plan.record_layers(written),
+                files=tuple(small),
+            )
 
     def _source(self, file: FileRecord) -> Path:
         assert self._parent is not None
@@ -296,7 +299,7 @@ class Checkpointer:
             for entry in entries:
                 if entry.step in doomed:
                     self._run.remove(entry.path)
-        except TailorError as err:
+        except (TailorError, OSError) as err:
             warnings.warn(f"an old checkpoint could not be removed: {err}", SaveFailedWarning, stacklevel=3)
 
     def close(self) -> None:
@@ -326,11 +329,25 @@ def _translate_small_file_errors(directory: Path) -> Iterator[None]:
     except TailorError:
         raise
     except (OSError, RuntimeError, SafetensorError) as err:
-        status = os.statvfs(directory)
-        is_full = getattr(err, "errno", None) == errno.ENOSPC or status.f_bavail * status.f_frsize < 2**20
+        free = LocalFileSystem().free_space(directory).nbytes
+        is_full = getattr(err, "errno", None) == errno.ENOSPC or (free is not None and free < 2**20)
         raise WriteError(
             f"cannot write the trainer's small files: {next(iter(str(err).splitlines()), type(err).__name__)}",
             kind="no-space" if is_full else "io",
             path=directory,
             hint="free space; older checkpoints were not touched" if is_full else "see the error this came from",
+        ) from err
+
+
+@contextlib.contextmanager
+def _translate_schema_errors(directory: Path) -> Iterator[None]:
+    """A checkpoint that the format cannot describe, such as two small files whose names differ in case alone."""
+    try:
+        yield
+    except ValidationError as err:
+        raise UnsupportedError(
+            f"this checkpoint cannot be described: {err.errors(include_url=False)[0]['msg']}",
+            kind="manifest-schema",
+            path=directory,
+            hint="see docs/spec/checkpoint-v1.md, section 4; older checkpoints were not touched",
         ) from err

@@ -167,6 +167,6 @@ def set_aside(run: Path) -> Path:
     directory = RunDirectory(run)
     directory.quarantine(run / "checkpoint-4", "model-norm.safetensors: the file's bytes changed")
     directory.close()
-    os.rename(run / "checkpoint-1", run / "checkpoint-1.superseded")
-    shutil.rmtree(run / ".staging")
+    os.rename(run / "checkpoint-1", run / "_checkpoint-1.superseded")
+    shutil.rmtree(run / "_staging")
     return run

@@ -66,16 +66,16 @@ def test_ls_quiet_prints_paths_of_whole_checkpoints(set_aside: Path, llmtailor: 
 
 def test_ls_tells_what_was_set_aside_and_why(set_aside: Path, llmtailor: Command, llmtailor_json: Command) -> None:
     (set_aside / "checkpoint-9").mkdir()
-    (set_aside / ".staging" / "10-abc").mkdir(parents=True)
+    (set_aside / "_staging" / "10-abc").mkdir(parents=True)
     text = llmtailor("ls", set_aside).stdout
-    assert re.search(r"checkpoint-4\.bad +bad .*model-norm.safetensors: the file's bytes changed", text)
-    assert re.search(r"checkpoint-1\.superseded +superseded", text)
+    assert re.search(r"_checkpoint-4\.bad +bad .*model-norm.safetensors: the file's bytes changed", text)
+    assert re.search(r"_checkpoint-1\.superseded +superseded", text)
     assert re.search(r"checkpoint-9 +no manifest .*half a checkpoint", text)
     assert re.search(r"10-abc +in flight", text)
     states = {Path(record["path"]).name: record["state"] for record in llmtailor_json("ls", set_aside)}
     assert list(states) == [
         *("checkpoint-2", "checkpoint-3", "checkpoint-5"),
-        *("checkpoint-1.superseded", "checkpoint-4.bad", "checkpoint-9", "10-abc"),
+        *("_checkpoint-1.superseded", "_checkpoint-4.bad", "checkpoint-9", "10-abc"),
     ]
     assert states["checkpoint-9"] == "no manifest"
 
@@ -126,7 +126,7 @@ def test_ls_of_a_directory_of_runs_names_one(run: Path, llmtailor: Command) -> N
 def test_ls_of_a_run_that_has_not_saved_is_no_error(
     tmp_path: Path, llmtailor: Command, llmtailor_json: Command
 ) -> None:
-    (tmp_path / ".staging").mkdir()
+    (tmp_path / "_staging").mkdir()
     assert llmtailor("ls", tmp_path).stdout.startswith("no checkpoint\n")
     assert llmtailor_json("ls", tmp_path) == []
 

@@ -14,7 +14,7 @@ Command: TypeAlias = Callable[..., Any]
 
 
 def names_in(run: Path) -> list[str]:
-    return sorted(path.name for path in run.glob("checkpoint-*"))
+    return sorted(path.name for path in run.glob("*checkpoint-*"))
 
 
 def held_bytes(run: Path) -> int:
@@ -84,7 +84,7 @@ def test_prune_removes_what_was_set_aside_only_when_told(set_aside: Path, llmtai
     llmtailor("prune", set_aside, "--keep", "3", "--yes")
     assert len(names_in(set_aside)) == 5
     llmtailor("prune", set_aside, "--bad", "--yes")
-    assert "checkpoint-4.bad" not in names_in(set_aside)
+    assert "_checkpoint-4.bad" not in names_in(set_aside)
     llmtailor("prune", set_aside, "--superseded", "--yes")
     assert names_in(set_aside) == ["checkpoint-2", "checkpoint-3", "checkpoint-5"]
 
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_neither_counted_nor_removed(
 
 def test_prune_keeps_what_was_set_aside_if_nothing_else_is_left(set_aside: Path, llmtailor: Command) -> None:
     for step in (2, 3, 5):
-        os.rename(set_aside / f"checkpoint-{step}", set_aside / f"checkpoint-{step}.superseded")
+        os.rename(set_aside / f"checkpoint-{step}", set_aside / f"_checkpoint-{step}.superseded")
     stderr = llmtailor("prune", set_aside, "--bad", "--superseded", "--yes", exit_code=8).stderr
     assert "may be all that is left" in stderr
     assert len(names_in(set_aside)) == 5

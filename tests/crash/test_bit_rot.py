@@ -77,7 +77,7 @@ def run(pristine: Path) -> Iterator[RunDirectory]:
     run = RunDirectory(pristine)
     yield run
     run.close()
-    for path in (newest, pristine / "checkpoint-6.bad"):
+    for path in (newest, pristine / "_checkpoint-6.bad"):
         shutil.rmtree(path, ignore_errors=True)
     spare.rename(newest)
 
@@ -92,11 +92,11 @@ def is_detected(run: RunDirectory, *names: str) -> None:
     assert found_bad == set(names) or (MANIFEST_NAME in names and MANIFEST_NAME in found_bad)
     with pytest.raises((TailorError, NotFoundError)):
         open_resumable(newest)
-    with pytest.warns(QuarantineWarning, match=r"checkpoint-6 does not verify .*kept as checkpoint-6\.bad"):
+    with pytest.warns(QuarantineWarning, match=r"checkpoint-6 does not verify .*kept as _checkpoint-6\.bad"):
         found = find_resumable(run)
     assert found is not None
     assert found.manifest.step == 5
-    bad = run.path / "checkpoint-6.bad"
+    bad = run.path / "_checkpoint-6.bad"
     assert all(name in (bad / "tailor-reason.txt").read_text() for name in names)
     (bad / "tailor-reason.txt").unlink()
     bad.rename(newest)
@@ -247,5 +247,5 @@ def test_all_checkpoints_damaged(run: RunDirectory) -> None:
         assert caught.value.kind == "none-verifies"
         assert "checkpoint-5" in str(caught.value)
     finally:
-        shutil.rmtree(run.path / "checkpoint-5.bad")
+        shutil.rmtree(run.path / "_checkpoint-5.bad")
         spare.rename(run.path / "checkpoint-5")

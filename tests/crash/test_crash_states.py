@@ -109,7 +109,7 @@ def what_is_wrong(journal: list[Any], crash: CrashState, root: Path) -> str | No
 
 def find_acknowledged(path: Path, step: int, digest: str, is_being_replaced: bool) -> str | None:
     expected = expected_path(path, step)
-    candidates = [expected, *(path.glob(f"{expected.name}.superseded*") if is_being_replaced else ())]
+    candidates = [expected, *(path.glob(f"_{expected.name}.superseded*") if is_being_replaced else ())]
     for each in candidates:
         if (
             (each / MANIFEST_NAME).is_file()

@@ -51,7 +51,7 @@ def _no_warnings() -> None:
 
 
 def find_set_aside(run: Path, step: int, digest: str) -> Path | None:
-    set_aside = run.glob(f"checkpoint-{step}.superseded*")
+    set_aside = run.glob(f"_checkpoint-{step}.superseded*")
     return next((path for path in set_aside if open_checkpoint(path).digest == digest), None)
 
 
@@ -135,7 +135,7 @@ def check_reason(stopped_by: BaseException | None, fault: Fault, *, has_fired: b
 def check_after(path: Path, filesystem: FaultyFileSystem, log: RunLog, fault: Fault) -> None:
     failed = filesystem.calls[fault.at - 1] if filesystem.has_fired else ""
     is_tidy = fault.errno is not None and not fault.is_persistent and not (log.removing or failed in MAY_LEAVE_RUBBISH)
-    if is_tidy and (path / ".staging").is_dir():
+    if is_tidy and (path / "_staging").is_dir():
         assert staged_names(path) == set(), failed
     check_nothing_lost(path, log, is_undo_hopeless=fault.is_persistent or fault.errno is None)
     if log.run is not None and fault.errno is not None and log.run._lock.is_held:
@@ -209,7 +209,7 @@ def test_crash_at_every_operation_of_recovery(fast_directory: Path) -> None:
     save_fake(run, 60, parent=first, layers={"layers.0"})
     run.close()
     (template / "a" / "checkpoint-60" / "model-norm.safetensors").unlink()
-    (template / "a" / ".staging" / "70-dead" / "checkpoint-70").mkdir(parents=True)
+    (template / "a" / "_staging" / "70-dead" / "checkpoint-70").mkdir(parents=True)
     num_faults = 0
     for number in itertools.count(1):
         path = fast_directory / "copy"

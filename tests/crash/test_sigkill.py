@@ -107,7 +107,7 @@ def test_sigkill_at_any_instant_loses_nothing_acknowledged(tmp_path: Path, nurse
                 break
         assert not [line for line in said if line.startswith("lost")], (kill, said)
         acknowledged = max([acknowledged, *(int(line[4:]) for line in said if line.startswith("ack "))])
-        in_flight_kills += any(entry.is_dir() for entry in (run / ".staging").glob("*")) if run.exists() else 0
+        in_flight_kills += any(entry.is_dir() for entry in (run / "_staging").glob("*")) if run.exists() else 0
         if acknowledged:
             entries = list_checkpoints(run)
             assert entries[-1].step >= acknowledged, (kill, entries)

@@ -45,7 +45,7 @@ def reference() -> Life:
 @pytest.fixture
 def lives() -> list[Life]:
     """Killed while saving step 12, resumed from step 8, half of whose layers are of step 4."""
-    debris = Debris(step=12, directory="run/.staging/12-ab", num_files=3, nbytes=300, was_published=False)
+    debris = Debris(step=12, directory="run/_staging/12-ab", num_files=3, nbytes=300, was_published=False)
     killed = [ReadyEvent(num_parameters=7), *tell(range(1, 13), 500, save_last=False)]
     resumed = ResumedEvent(step=8, layer_steps={"embed_tokens": 4, "layers.0": 8, "layers.1": 4, "norm": 8})
     told = [ReadyEvent(num_parameters=7), resumed, *tell(range(9, 21), 500, shift=0.5)]

@@ -25,7 +25,7 @@ run = pathlib.Path(spec["run"])
 def loss(step):
     os.write(spec["events_fd"], json.dumps({"event": "loss", "step": step, "loss": 1.0}).encode() + b"\\n")
 def stage(step, files):
-    attempt = run / ".staging" / f"{step}-0123456789abcdef" / f"checkpoint-{step}"
+    attempt = run / "_staging" / f"{step}-0123456789abcdef" / f"checkpoint-{step}"
     attempt.mkdir(parents=True)
     for number in range(files):
         (attempt / f"file-{number}").write_bytes(b"0123456789")
@@ -143,7 +143,7 @@ def test_child_does_not_see_a_launcher(script: Script, log: Path, monkeypatch: p
 
 
 def make_attempt(run: Path, step: int, files: int) -> Path:
-    attempt = run / ".staging" / f"{step}-00ff"
+    attempt = run / "_staging" / f"{step}-00ff"
     (attempt / f"checkpoint-{step}" / "optimizer").mkdir(parents=True)
     for number in range(files):
         (attempt / f"checkpoint-{step}" / "optimizer" / str(number)).write_bytes(b"ten bytes!")
@@ -154,7 +154,7 @@ def test_only_attempts_with_files_at_the_wanted_step_count(tmp_path: Path) -> No
     assert find_attempt(tmp_path, 4) is None
     make_attempt(tmp_path, 2, 20)
     make_attempt(tmp_path, 8, 1)
-    (tmp_path / ".staging" / "lock").touch()
+    (tmp_path / "_staging" / "lock").touch()
     assert find_attempt(tmp_path, 4) is None
     attempt = make_attempt(tmp_path, 6, 20)
     assert find_attempt(tmp_path, 4) == attempt
@@ -172,4 +172,4 @@ def test_save_that_was_published_in_time_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-6").mkdir()
     (tmp_path / "checkpoint-6" / "tailor.json").touch()
     assert observe_attempt(tmp_path, attempt).was_published
-    assert observe_attempt(tmp_path, tmp_path / ".staging" / "6-gone").num_files == 0
+    assert observe_attempt(tmp_path, tmp_path / "_staging" / "6-gone").num_files == 0

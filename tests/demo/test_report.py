@@ -55,7 +55,7 @@ def test_validation_difference_is_recovered_minus_reference(make_report: MakeRep
 def test_save_that_beat_the_kill_is_told(make_report: MakeReport) -> None:
     losses = [LossEvent(step=step, loss=1.0) for step in range(1, 9)]
     events: tuple[Event, ...] = (ReadyEvent(num_parameters=7), *losses)
-    beaten = Debris(step=8, directory="run/.staging/8-cd", num_files=0, nbytes=0, was_published=True)
+    beaten = Debris(step=8, directory="run/_staging/8-cd", num_files=0, nbytes=0, was_published=True)
     report = make_report(Life(events=events, killed=beaten))
     assert report.crash.missed_steps == (8,)
     assert len(report.recovered.losses) == 3

@@ -85,7 +85,7 @@ def test_demo_kills_a_save_resumes_and_compares(tmp_path: Path) -> None:
     assert re.search(rf"killed while saving step {crash['save_step']}\b", stderr)
     assert crash["debris_files"] > 0
     assert crash["debris_was_swept"]
-    assert os.listdir(output / "recovered" / ".staging") == ["lock"]
+    assert os.listdir(output / "recovered" / "_staging") == ["lock"]
 
     # It went on from the checkpoint before, a composite, and lost what came after it.
     assert crash["resumed_step"] == crash["save_step"] - 4

@@ -247,7 +247,7 @@ def test_two_processes_in_a_plain_loop(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UnsupportedError) as caught:
         Run(tmp_path, model, adamw(model))
     assert caught.value.found == "2 processes"
-    assert not (tmp_path / ".staging").exists()
+    assert not (tmp_path / "_staging").exists()
 
 
 @pytest.mark.parametrize(("attribute", "found"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])

@@ -124,8 +124,8 @@ def test_second_failure_in_a_row_raises_and_training_may_go_on(disk: Disk, tmp_p
     loop.run.close()
     assert verify_checkpoint(tmp_path / "checkpoint-1").is_good
     assert verify_checkpoint(tmp_path / "checkpoint-4").is_good
-    assert sorted(os.listdir(tmp_path)) == [".staging", "checkpoint-1", "checkpoint-4"]
-    assert os.listdir(tmp_path / ".staging") == ["lock"]
+    assert sorted(os.listdir(tmp_path)) == ["_staging", "checkpoint-1", "checkpoint-4"]
+    assert os.listdir(tmp_path / "_staging") == ["lock"]
 
     resumed = Loop(tmp_path)
     assert resumed.run.resume() == 4
@@ -213,7 +213,7 @@ def test_error_that_is_no_failure_of_the_disk_stops_training(tmp_path: Path) -> 
     trainer = tailor(build_trainer(tmp_path, callbacks=[Unserializable()]))
     with pytest.raises(TypeError, match="not JSON serializable"):
         trainer.train()
-    assert os.listdir(tmp_path / ".staging") == ["lock"]
+    assert os.listdir(tmp_path / "_staging") == ["lock"]
 
 
 def test_adapter_file_on_a_full_disk_is_a_failed_save(tmp_path: Path) -> None:

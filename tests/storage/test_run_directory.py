@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Iterator[RunDirectory]:
 
 
 def names(run: RunDirectory) -> list[str]:
-    return sorted(path.name for path in run.path.iterdir() if path.name != ".staging")
+    return sorted(path.name for path in run.path.iterdir() if path.name != "_staging")
 
 
 # Names of checkpoints
@@ -38,9 +38,9 @@ def test_list_checkpoints_in_order_of_steps(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-OTHER_NAMES = ["checkpoint", "checkpoint-", "checkpoint-05", "checkpoint-1a", "checkpoint--1", "checkpoint-1.bad"]
+OTHER_NAMES = ["checkpoint", "checkpoint-", "checkpoint-05", "checkpoint-1a", "checkpoint--1", "_checkpoint-1.bad"]
 OTHER_NAMES += [
-    "checkpoint-1.superseded",
+    "_checkpoint-1.superseded",
     "xcheckpoint-1",
     "checkpoint-\u0661",
     "checkpoint-1 ",
@@ -91,10 +91,10 @@ def refuse_with(number: int) -> Any:
     [
         ([], None),
         (["checkpoint-5"], 5),
-        (["checkpoint-5", "checkpoint-10.bad"], 10),
-        (["checkpoint-5", "checkpoint-10.bad-3"], 10),
-        (["checkpoint-5", "checkpoint-10.superseded"], 5),
-        (["checkpoint-10.superseded-2", "tmp"], None),
+        (["checkpoint-5", "_checkpoint-10.bad"], 10),
+        (["checkpoint-5", "_checkpoint-10.bad-3"], 10),
+        (["checkpoint-5", "_checkpoint-10.superseded"], 5),
+        (["_checkpoint-10.superseded-2", "tmp"], None),
     ],
 )
 def test_newest_step_seen(tmp_path: Path, made: list[str], newest: int | None) -> None:
@@ -108,7 +108,7 @@ def test_newest_step_seen(tmp_path: Path, made: list[str], newest: int | None) -
 
 def test_open_makes_all_directories(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "a" / "b" / "c")
-    assert (tmp_path / "a" / "b" / "c" / ".staging" / "lock").is_file()
+    assert (tmp_path / "a" / "b" / "c" / "_staging" / "lock").is_file()
     run.close()
 
 
@@ -145,7 +145,7 @@ def test_open_that_fails_lets_go_of_the_lock(tmp_path: Path, monkeypatch: pytest
 
 
 def test_open_sweeps_what_dead_writers_left(tmp_path: Path) -> None:
-    staging = tmp_path / "run" / ".staging"
+    staging = tmp_path / "run" / "_staging"
     (staging / "10-abc" / "checkpoint-10" / "optimizer").mkdir(parents=True)
     (staging / "10-abc" / "checkpoint-10" / "a").write_text("a")
     (staging / "remove-checkpoint-5-abc").mkdir()
@@ -157,17 +157,17 @@ def test_open_sweeps_what_dead_writers_left(tmp_path: Path) -> None:
 def test_sweep_follows_no_symlink(tmp_path: Path) -> None:
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "precious").write_text("x")
-    (tmp_path / "run" / ".staging").mkdir(parents=True)
-    (tmp_path / "run" / ".staging" / "10-abc").symlink_to(tmp_path / "victim")
-    (tmp_path / "run" / ".staging" / "11-abc").mkdir()
-    (tmp_path / "run" / ".staging" / "11-abc" / "inner").symlink_to(tmp_path / "victim")
+    (tmp_path / "run" / "_staging").mkdir(parents=True)
+    (tmp_path / "run" / "_staging" / "10-abc").symlink_to(tmp_path / "victim")
+    (tmp_path / "run" / "_staging" / "11-abc").mkdir()
+    (tmp_path / "run" / "_staging" / "11-abc" / "inner").symlink_to(tmp_path / "victim")
     RunDirectory(tmp_path / "run").close()
     assert (tmp_path / "victim" / "precious").is_file()
 
 
 def test_sweep_removes_nothing_when_the_run_cannot_be_made_durable(tmp_path: Path) -> None:
     """The name of a checkpoint half removed might come back after a power failure; then its files must be there."""
-    (tmp_path / "run" / ".staging" / "remove-checkpoint-5-abc").mkdir(parents=True)
+    (tmp_path / "run" / "_staging" / "remove-checkpoint-5-abc").mkdir(parents=True)
     filesystem = FaultyFileSystem(refused={"fsync_directory": errno.EIO})
     run = RunDirectory(tmp_path / "run", filesystem)  # type: ignore[arg-type]
     assert "remove_tree" not in filesystem.calls
@@ -229,9 +229,9 @@ def test_first_save_sets_the_run_before_aside(run: RunDirectory) -> None:
     (run.path / "checkpoint-20").mkdir()  # another tool's, of an earlier step: left alone
     with pytest.warns(SupersededWarning) as warned:
         save_fake(run, 25)
-    assert names(run) == ["checkpoint-10.superseded", "checkpoint-20", "checkpoint-25", "checkpoint-30.superseded"]
+    assert names(run) == ["_checkpoint-10.superseded", "_checkpoint-30.superseded", "checkpoint-20", "checkpoint-25"]
     assert len(warned) == 2
-    assert verify_checkpoint(run.path / "checkpoint-30.superseded").is_good
+    assert verify_checkpoint(run.path / "_checkpoint-30.superseded").is_good
 
 
 def test_save_behind_sets_the_abandoned_branch_aside(run: RunDirectory) -> None:
@@ -240,7 +240,7 @@ def test_save_behind_sets_the_abandoned_branch_aside(run: RunDirectory) -> None:
     save_fake(run, 30, parent=second, layers={"norm"})
     with pytest.warns(SupersededWarning):
         save_fake(run, 20, parent=first, layers={"layers.0"})
-    assert names(run) == ["checkpoint-10", "checkpoint-20", "checkpoint-20.superseded", "checkpoint-30.superseded"]
+    assert names(run) == ["_checkpoint-20.superseded", "_checkpoint-30.superseded", "checkpoint-10", "checkpoint-20"]
 
 
 def test_same_step_again_is_linked_from_the_one_it_replaces(run: RunDirectory) -> None:
@@ -248,7 +248,7 @@ def test_same_step_again_is_linked_from_the_one_it_replaces(run: RunDirectory) -
     with pytest.warns(SupersededWarning):
         again = save_fake(run, 10, parent=first, layers={"norm"})
     assert verify_checkpoint(again.path).is_good
-    assert names(run) == ["checkpoint-10", "checkpoint-10.superseded"]
+    assert names(run) == ["_checkpoint-10.superseded", "checkpoint-10"]
 
 
 def test_save_ahead_supersedes_nothing(run: RunDirectory) -> None:
@@ -264,14 +264,14 @@ def test_directory_of_another_tool_under_the_same_name_is_set_aside(run: RunDire
     (run.path / "checkpoint-10" / "pytorch_model.bin").write_text("theirs")
     with pytest.warns(SupersededWarning):
         save_fake(run, 10)
-    assert (run.path / "checkpoint-10.superseded" / "pytorch_model.bin").read_text() == "theirs"
+    assert (run.path / "_checkpoint-10.superseded" / "pytorch_model.bin").read_text() == "theirs"
 
 
 def test_names_of_what_is_set_aside_are_counted_up(run: RunDirectory) -> None:
     for number in range(4):
         with pytest.warns(SupersededWarning) if number else warnings.catch_warnings():
             save_fake(run, 10)
-    assert names(run) == ["checkpoint-10", *(f"checkpoint-10.superseded{suffix}" for suffix in ("", "-2", "-3"))]
+    assert names(run) == [*(f"_checkpoint-10.superseded{suffix}" for suffix in ("", "-2", "-3")), "checkpoint-10"]
 
 
 @pytest.mark.parametrize("operation", ["free_space", "create", "link", "write", "fsync", "fsync_directory", "rename"])
@@ -311,15 +311,15 @@ def test_quarantine_says_why_and_counts_up(run: RunDirectory) -> None:
     for number, suffix in enumerate(["bad", "bad-2", "bad-3"]):
         saved = save_fake(run, 10)
         target = run.quarantine(saved.path, f"reason {number}")
-        assert target.name == f"checkpoint-10.{suffix}"
+        assert target.name == f"_checkpoint-10.{suffix}"
         assert (target / "tailor-reason.txt").read_text() == f"reason {number}\n"
-    assert names(run) == ["checkpoint-10.bad", "checkpoint-10.bad-2", "checkpoint-10.bad-3"]
+    assert names(run) == ["_checkpoint-10.bad", "_checkpoint-10.bad-2", "_checkpoint-10.bad-3"]
 
 
 def test_quarantine_goes_on_where_the_reason_cannot_be_written(run: RunDirectory) -> None:
     saved = save_fake(run, 10)
     (saved.path / "tailor-reason.txt").mkdir()
-    assert run.quarantine(saved.path, "why").name == "checkpoint-10.bad"
+    assert run.quarantine(saved.path, "why").name == "_checkpoint-10.bad"
 
 
 def test_removed_checkpoint_leaves_every_other_whole(run: RunDirectory) -> None:

@@ -138,7 +138,7 @@ def test_after_a_failed_fsync_no_file_is_synced_again(tmp_path: Path) -> None:
         save_fake(run, 10)
     assert filesystem.calls.count("fsync") == 8 + 3  # each of the first batch, none twice
     assert filesystem.calls.count("close") == 8 + 3
-    assert list(run.path.iterdir()) == [run.path / ".staging"]
+    assert list(run.path.iterdir()) == [run.path / "_staging"]
     run.close()
 
 

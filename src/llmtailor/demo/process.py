@@ -15,12 +15,11 @@ from pathlib import Path
 
 from ..errors import TailorError
 from ..manifest import MANIFEST_NAME
-from ..storage import checkpoint_name
+from ..storage import STAGING_NAME, checkpoint_name
 from .events import ChildSpec, Event, LossEvent, parse_event, split_lines
 
 __all__ = ["Debris", "Life", "child_command", "find_attempt", "observe_attempt", "run_child"]
 
-_STAGING_NAME = ".staging"
 _LOCK_NAME = "lock"
 # A save counts as in flight, and is shot at, once this many of its files are there.
 _FILES_IN_FLIGHT = 6
@@ -172,14 +171,14 @@ def _drain(pipe: int, rest: bytes) -> list[Event]:
 def find_attempt(run: Path, from_step: int) -> Path | None:
     """A save in flight, of that step or a later one, that has files already; its directory in staging."""
     try:
-        names = os.listdir(run / _STAGING_NAME)
+        names = os.listdir(run / STAGING_NAME)
     except FileNotFoundError:
         return None
     for name in names:
         step = name.partition("-")[0]
         if not step.isdecimal() or int(step) < from_step:
             continue
-        attempt = run / _STAGING_NAME / name
+        attempt = run / STAGING_NAME / name
         if sum(len(files) for _, _, files in os.walk(attempt)) >= _FILES_IN_FLIGHT:
             return attempt
     return None

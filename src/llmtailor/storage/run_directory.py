@@ -1,9 +1,9 @@
 """A run on a local file system: which checkpoints it has, and every change of that list.
 
     checkpoint-<step>                     published: the only names resume looks at
-    checkpoint-<step>.bad[-<n>]           quarantined
-    checkpoint-<step>.superseded[-<n>]    of an abandoned branch
-    .staging/lock, .staging/<attempt>/    in flight
+    _checkpoint-<step>.bad[-<n>]          quarantined
+    _checkpoint-<step>.superseded[-<n>]   of an abandoned branch
+    _staging/lock, _staging/<attempt>/    in flight
 
 Reading needs no lock; ``open_for_writing`` takes it. Nothing is deleted but by ``remove``, and that is a rename first.
 """
@@ -40,13 +40,13 @@ __all__ = [
     "newest_step_seen",
 ]
 
-STAGING_NAME = ".staging"
+STAGING_NAME = "_staging"
 _LOCK_NAME = "lock"
 _REASON_NAME = "tailor-reason.txt"
 # Not \d, which takes the digits of every script.
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-_SET_ASIDE = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.bad(-[0-9]+)?")
-_ANY_SET_ASIDE = re.compile(r"checkpoint-(0|[1-9][0-9]*)\.(bad|superseded)(?:-([0-9]+))?")
+_SET_ASIDE = re.compile(r"_checkpoint-(0|[1-9][0-9]*)\.bad(-[0-9]+)?")
+_ANY_SET_ASIDE = re.compile(r"_checkpoint-(0|[1-9][0-9]*)\.(bad|superseded)(?:-([0-9]+))?")
 _MAX_REASON_NBYTES = 4096
 # Directories, index, manifest and the trainer's small files, beyond what the caller says it will write.
 _SPARE_NBYTES = 2**20
@@ -151,7 +151,9 @@ def newest_step_seen(run: Path) -> int | None:
 
 
 def _free_name(path: Path, suffix: str) -> Path:
-    names = (f"{path.name}.{suffix}{'' if number == 1 else f'-{number}'}" for number in range(1, 10_000))
+    # The leading _ keeps it from stock code: transformers removes what is called checkpoint-*, and its hub push leaves
+    # out what is called _*. Source: transformers 5.23, trainer_utils.py (sort_checkpoints), trainer.py.
+    names = (f"_{path.name}.{suffix}{'' if number == 1 else f'-{number}'}" for number in range(1, 10_000))
     return next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
 
 
