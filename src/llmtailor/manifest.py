@@ -298,6 +298,26 @@ def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
         IntegrityError: The text is not the text that was written (digest or trailer).
         FormatError: It is a version we do not know, or breaks the specification.
     """
+    body, digest = _split_trailer(text, path)
+    _check_version(parse_object(text, what="manifest", path=path), path)
+    try:
+        # JSON mode: strict about types, yet a JSON array is a tuple.
+        return Manifest.model_validate_json(body + b"\n}"), digest
+    except ValidationError as err:
+        first = err.errors(include_url=False)[0]
+        where = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        raise FormatError(
+            f"the manifest breaks the specification at {where}: {first['msg']}",
+            kind="manifest-schema",
+            path=path,
+            expected=f"version {FORMAT_VERSION} of the checkpoint format",
+            found=ascii(first.get("input"))[:200] if first["loc"] else "see above",
+            hint=_HINT,
+        ) from err
+
+
+def _split_trailer(text: bytes, path: Path | str) -> tuple[bytes, str]:
+    """What the closing digest is of, and the digest, which is right."""
     trailer = _TRAILER.fullmatch(text, max(0, len(text) - _TRAILER_NBYTES))
     if trailer is None:
         raise IntegrityError(
@@ -314,9 +334,11 @@ def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
         raise IntegrityError(
             "the manifest was changed", kind="manifest-digest", path=path, expected=expected, found=found, hint=_HINT
         )
-    fields = parse_object(text, what="manifest", path=path)
-    version = fields.get("format_version")
-    # Both have defaults for who builds a manifest; in a file they must stand there.
+    return body, expected
+
+
+def _check_version(fields: dict[str, Any], path: Path | str) -> None:
+    """Both keys have defaults for who builds a manifest; in a file they must stand there."""
     if fields.get("format") != _FORMAT:
         raise FormatError(
             f"the manifest breaks the specification at $.format: it is not {_FORMAT!r}",
@@ -326,6 +348,7 @@ def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
             found=ascii(fields.get("format"))[:200],
             hint=_HINT,
         )
+    version = fields.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(
             "the checkpoint has a format version this program does not know",
@@ -335,20 +358,6 @@ def decode_manifest(text: bytes, path: Path | str) -> tuple[Manifest, str]:
             found=version,
             hint="upgrade llmtailor",
         )
-    try:
-        # JSON mode: strict about types, yet a JSON array is a tuple.
-        return Manifest.model_validate_json(body + b"\n}"), expected
-    except ValidationError as err:
-        first = err.errors(include_url=False)[0]
-        where = "$" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        raise FormatError(
-            f"the manifest breaks the specification at {where}: {first['msg']}",
-            kind="manifest-schema",
-            path=path,
-            expected=f"version {FORMAT_VERSION} of the checkpoint format",
-            found=ascii(first.get("input"))[:200] if first["loc"] else "see above",
-            hint=_HINT,
-        ) from err
 
 
 _HINT = "llmtailor verify tells what is damaged; resume falls back to the newest checkpoint that verifies"

@@ -10,7 +10,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import FormatError, IncompleteError, IntegrityError, QuarantineWarning, SupersededWarning, TailorError
 from .manifest import MANIFEST_NAME, Manifest
 from .progress import show_reading
-from .storage import RunDirectory, list_checkpoints, list_set_aside, newest_step_seen
+from .storage import RunDirectory, checkpoint_name, list_checkpoints, list_set_aside, newest_step_seen
 from .verify import FileState, VerifyReport, verify_checkpoint
 
 __all__ = ["find_resumable", "open_resumable"]
@@ -71,15 +71,21 @@ def find_resumable(
         return found
     if bad or unfit:
         raise _none_left(run.path, bad, unfit, consistent=consistent)
-    if superseded := [entry.path.name for entry in list_set_aside(run.path) if entry.kind == "superseded"]:
-        # A run that died before its own first checkpoint has set the one before it aside.
-        warnings.warn(
-            f"nothing to resume from in {run.path}, but there is {superseded[-1]}; to go on from it, rename it to "
-            f"{superseded[-1].lstrip('_').partition('.')[0]}",
-            SupersededWarning,
-            stacklevel=2,
-        )
+    _name_superseded(run.path)
     return None
+
+
+def _name_superseded(run: Path) -> None:
+    """A run that died before its own first checkpoint has set the one before it aside: say so."""
+    superseded = [entry for entry in list_set_aside(run) if entry.kind == "superseded"]
+    if superseded:
+        newest = superseded[-1]
+        warnings.warn(
+            f"nothing to resume from in {run}, but there is {newest.path.name}; to go on from it, rename it to "
+            f"{checkpoint_name(newest.step)}",
+            SupersededWarning,
+            stacklevel=3,
+        )
 
 
 def _find_missing(manifest: Manifest, *, consistent: bool) -> str | None:
