@@ -133,6 +133,19 @@ def test_save_after_somebody_removed_the_newest_is_whole(parity: Training) -> No
     assert verify_checkpoint(parity.directory / "checkpoint-2").is_good
 
 
+@pytest.mark.parametrize("strategy", ["full", "parity", "filter(first=1, last=1, every=2)"])
+@pytest.mark.parametrize("doomed", range(1, 7))
+def test_removing_any_checkpoint_leaves_the_others_whole(tmp_path: Path, strategy: str, doomed: int) -> None:
+    training = Training(tmp_path, strategy=strategy)
+    for step in range(1, 7):
+        training.save(step)
+    training.checkpointer.close()
+    shutil.rmtree(tmp_path / f"checkpoint-{doomed}")
+    entries = list_checkpoints(tmp_path)
+    assert len(entries) == 5
+    assert all(verify_checkpoint(entry.path).is_good for entry in entries)
+
+
 def test_layer_whose_schema_changed_is_written(parity: Training) -> None:
     parity.save(1)
     parity.model.layers[0].attn.weight.requires_grad_(False)

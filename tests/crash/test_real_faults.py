@@ -6,8 +6,6 @@ import contextlib
 import errno
 import itertools
 import resource
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +17,9 @@ from llmtailor.errors import LinkFallbackWarning, WriteError
 from llmtailor.resume import find_resumable
 from llmtailor.storage import FreeSpace, LocalFileSystem, RunDirectory
 from llmtailor.verify import verify_checkpoint
+from mounts import Mounts
 
 PLENTY = FreeSpace(nbytes=2**40, inodes=2**30)
-
-
-class Mounts:
-    """Mounts that go away after the test; the test is skipped where mounting is not permitted."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._mounted: list[Path] = []
-
-    def mount(self, kind: str, options: str) -> Path:
-        path = self._root / f"mount-{len(self._mounted)}"
-        path.mkdir()
-        self._call(["mount", "-t", kind, "-o", options, kind, str(path)])
-        self._mounted.append(path)
-        return path
-
-    def cover_read_only(self, path: Path) -> None:
-        """From now on whoever looks the path up finds it read-only; files that are open stay as they are."""
-        self._call(["mount", "--bind", str(path), str(path)])
-        self._mounted.append(path)
-        self._call(["mount", "-o", "remount,bind,ro", str(path)])
-
-    def uncover(self, path: Path) -> None:
-        self._mounted.remove(path)
-        subprocess.run(["umount", str(path)], check=True)
-
-    def _call(self, command: list[str]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"cannot mount ({done.stderr.strip()}); run as root, or under `unshare -Urm`")
-
-    def close(self) -> None:
-        for path in reversed(self._mounted):
-            subprocess.run(["umount", "-l", str(path)], check=False)
-
-
-@pytest.fixture
-def mounts(tmp_path: Path) -> Iterator[Mounts]:
-    mounts = Mounts(tmp_path)
-    yield mounts
-    mounts.close()
 
 
 class Blind(LocalFileSystem):
