@@ -109,7 +109,8 @@ os.link(attempt / "file-0", run / "older"); time.sleep(60)
     assert time.monotonic() - began < 30
     assert life.killed is not None
     assert (life.killed.step, life.killed.was_published, life.last_step) == (4, False, 4)
-    assert life.killed.nbytes == 10 * life.killed.num_files
+    # The kill may fall between the making of a file and the writing of its 10 bytes.
+    assert 10 * (life.killed.num_files - 1) <= life.killed.nbytes <= 10 * life.killed.num_files
 
 
 def test_save_without_files_is_not_shot_at(script: Script, log: Path) -> None:
