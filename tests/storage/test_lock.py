@@ -148,3 +148,13 @@ def test_lock_in_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(WriteError) as caught:
         RunLock(tmp_path / "nowhere" / "lock")
     assert caught.value.kind == "lock"
+
+
+def test_second_holder_in_one_process_is_told_to_close_the_first(tmp_path: Path) -> None:
+    first = RunLock(tmp_path / "lock")
+    with pytest.raises(LockedError) as caught:
+        RunLock(tmp_path / "lock")
+    assert caught.value.hint is not None
+    assert "close()" in caught.value.hint
+    first.release()
+    RunLock(tmp_path / "lock").release()

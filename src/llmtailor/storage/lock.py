@@ -54,13 +54,13 @@ class RunLock:
                 path=path,
                 expected="no other writer",
                 found=_describe(holder),
-                hint="wait for it, stop it, or write to another directory",
+                hint=_OWN_HINT if holder == _encode_holder() else "wait for it, stop it, or write to another directory",
             ) from err
         self._descriptor = descriptor
         # Only a note for whoever is refused: a full disk must not stop a resume.
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+            os.pwrite(descriptor, _encode_holder(), 0)
         _HELD.add(self)
 
     @property
@@ -88,6 +88,13 @@ def _describe(holder: bytes) -> str:
         return f"held by process {int(fields['pid'])} on host {str(fields['host'])[:255]}"
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return "held by a process that has not written its name yet"
+
+
+_OWN_HINT = "this process has the run open already: close() that one first (in a notebook, the one of the cell before)"
+
+
+def _encode_holder() -> bytes:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
 
 
 def _forget_in_child() -> None:
