@@ -27,7 +27,6 @@ LEVELS = {
     "optimizer_state": 1,
     "optimizer_values": 1,
     "recipe": 1,
-    "schema": 1,
     "tensor_bytes": 1,
     "catalog": 2,
     "drift": 2,

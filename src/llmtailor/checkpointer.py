@@ -98,10 +98,6 @@ class Checkpointer:
     def directory(self) -> Path:
         return self._directory
 
-    @property
-    def strategy(self) -> Strategy:
-        return self._strategy
-
     def read_model(self, module: torch.nn.Module) -> ModelState:
         """The model as this run saves it: its layers, schema and live tensors."""
         return read_model(module, split_experts=self._split_experts, overrides=self._layer_overrides)
