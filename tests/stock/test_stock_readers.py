@@ -71,7 +71,7 @@ def test_from_pretrained_reads_every_checkpoint(name: str, strategy: str, tmp_pa
 
 
 @alone
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-bf16", "mixtral", "t5"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_distributed_checkpoint_reads_weights_and_optimizer(name: str, tmp_path: Path) -> None:
     saved = SavedRun(tmp_path, ARCHITECTURES[name].build(), "parity")
     for checkpoint in saved.checkpoints():
@@ -88,7 +88,7 @@ def _read_distributed(directory: Path, like: dict[str, torch.Tensor], names: Ite
     return target
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "mixtral"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_distributed_checkpoint_lists_exactly_the_tensors_held(name: str, tmp_path: Path) -> None:
     saved = SavedRun(tmp_path, ARCHITECTURES[name].build(), "parity")
     checkpoint = list(saved.checkpoints())[-1]
