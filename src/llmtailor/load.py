@@ -1,7 +1,7 @@
 """From a checkpoint back into live objects: weights, and optimizer state by parameter name.
 
-Each layer file is mapped, digested and only then copied from, one layer at a time; everything is checked before
-anything is changed.
+Each layer file is mapped, digested and only then copied from, one layer at a time. Names, shapes and types are all
+checked before anything is changed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .optimizer_state import (
 from .strict_json import parse_object
 from .tensor_bytes import tensor_from_bytes
 from .tensors import TensorMeta
-from .verify import open_verified
+from .verify import check_weights_header, open_verified
 from .writer import NOTES_KEY
 
 __all__ = ["load_model", "load_optimizers"]
@@ -45,23 +45,19 @@ def load_model(checkpoint: Checkpoint, state: ModelState) -> None:
 
     Raises:
         IncompatibleError: Another model: names, shapes, element types or ties differ. Nothing was changed.
+        FormatError: A file does not hold the tensors of its layer. Nothing was changed.
         IntegrityError, NotFoundError: A file changed or is gone; layers before it may have been loaded.
     """
     manifest = checkpoint.manifest
     check_model(state, manifest.tensors, path=checkpoint.path)
     for layer in manifest.layers:
+        # A tensor that is missing from its file would silently keep the value the model happens to have.
+        check_weights_header(checkpoint.path, manifest, layer)
+    for layer in manifest.layers:
         opened = open_verified(checkpoint.path, layer.weights)
         with torch.no_grad():
-            for stored in opened.header.tensors.values():
-                live = state.tensors.get(stored.name)
-                if live is None or stored.meta.shape != tuple(live.shape):
-                    raise FormatError(
-                        "a weights file holds a tensor the manifest does not say it holds",
-                        kind="schema",
-                        path=checkpoint.path / layer.weights.path,
-                        fqn=stored.name,
-                    )
-                live.copy_(tensor_from_bytes(opened.tensor_bytes(stored.name), stored.meta))
+            for name, stored in opened.header.tensors.items():
+                state.tensors[name].copy_(tensor_from_bytes(opened.tensor_bytes(name), stored.meta))
 
 
 @dataclass(frozen=True, slots=True)

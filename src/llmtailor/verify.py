@@ -17,7 +17,15 @@ from .errors import FormatError, IntegrityError, NotFoundError
 from .formats.safetensors import Header, OpenFile, open_file
 from .manifest import MANIFEST_NAME, FileRecord, LayerRecord, Manifest, TensorRecord, decode_manifest, digest_of
 
-__all__ = ["FileState", "Problem", "VerifyReport", "open_verified", "read_manifest", "verify_checkpoint"]
+__all__ = [
+    "FileState",
+    "Problem",
+    "VerifyReport",
+    "check_weights_header",
+    "open_verified",
+    "read_manifest",
+    "verify_checkpoint",
+]
 
 FileState: TypeAlias = tuple[int, int, int, int]
 """Device, inode, size and time of change: while these stay, so do the bytes."""
@@ -268,17 +276,24 @@ def _digest_file(file: FileIO, nbytes: int) -> str:
 
 def _verify_header(checkpoint: Path, manifest: Manifest, layer: LayerRecord, record: FileRecord) -> None:
     """A layer file holds what the schema says: a writer's mistake is found here, not at resume."""
-    header = open_file(checkpoint / record.path).header
-    tensors = {tensor.fqn: tensor for tensor in manifest.tensors if tensor.layer == layer.name}
     if record is layer.weights:
-        held = {fqn: str(tensor.meta) for fqn, tensor in tensors.items() if tensor.tied_to is None}
-        found = {name: str(tensor.meta) for name, tensor in header.tensors.items()}
-        _check_names(checkpoint / record.path, held, found)
+        check_weights_header(checkpoint, manifest, layer)
     else:
-        _check_state_names(checkpoint / record.path, tensors, header)
+        tensors = {tensor.fqn: tensor for tensor in manifest.tensors if tensor.layer == layer.name}
+        _check_state_names(checkpoint / record.path, tensors, open_file(checkpoint / record.path).header)
 
 
-def _check_names(path: Path, expected: dict[str, str], found: dict[str, str]) -> None:
+def check_weights_header(checkpoint: Path, manifest: Manifest, layer: LayerRecord) -> None:
+    """Raise unless a weights file holds exactly the tensors of its layer; reads its header alone.
+
+    Raises:
+        NotFoundError: It is gone.
+        FormatError: It is no regular safetensors file, or a tensor is missing, too many, or of another type or shape.
+    """
+    path = checkpoint / layer.weights.path
+    of_layer = (tensor for tensor in manifest.tensors if tensor.layer == layer.name and tensor.tied_to is None)
+    expected = {tensor.fqn: str(tensor.meta) for tensor in of_layer}
+    found = {name: str(tensor.meta) for name, tensor in open_file(path).header.tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise FormatError(
