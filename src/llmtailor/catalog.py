@@ -1,0 +1,107 @@
+"""What a checkpoint of any format holds, by name, and where its bytes lie. No bytes, no torch.
+
+    source directory --open--> Catalog      (formats: one opener each)
+    recipe + Catalogs --merge--> Catalog    (plan: a merge is a catalog whose tensors lie in several checkpoints)
+    Catalog --plan--> CheckpointPlan        (formats: one planner each)
+
+So every source can be written as every target, and exporting is merging one source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .layers import LayerMap, map_names
+from .tensor_refs import TensorRef
+
+__all__ = ["Catalog", "GroupRef", "Note", "OptimizerRef", "SmallFile", "StateRef"]
+
+Note: TypeAlias = str | dict[str, Any]
+"""What a tensor cannot say of an optimizer's value; see ``optimizer_values.Note`` and the specification, section 3."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateRef:
+    """What an optimizer remembers of one parameter; the fp32 master weight is not part of it."""
+
+    tensors: Mapping[str, TensorRef]
+    """By leaf as in the specification, section 3: ``step``, ``exp_avg``, ``quant/codes``. Python numbers are inline
+    0-dim tensors (I64, F64, BOOL) with a note."""
+    notes: Mapping[str, Note] = field(default_factory=dict)
+    """By leaf; ``{"step": "int"}`` says that step is a Python int."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRef:
+    """Parameters of an optimizer that share options."""
+
+    parameters: tuple[str, ...]
+    """fqns, in the optimizer's order."""
+    options: Mapping[str, object]
+    """``lr``, ``betas``, ...: JSON with tags as in the specification, section 4 (``{"tuple": [0.9, 0.95]}``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerRef:
+    """One optimizer."""
+
+    name: str | None
+    """Class path (``torch.optim.adamw.AdamW``); None where the format does not say."""
+    groups: tuple[GroupRef, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallFile:
+    """A file that goes into the new checkpoint as it is: scheduler, RNG, trainer state, config, tokenizer."""
+
+    name: str
+    """In the checkpoint, with forward slashes."""
+    path: Path
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalog:
+    """A checkpoint, by name. A parameter's weights, master and state always come from the same source."""
+
+    path: Path
+    format: str
+    """``tailored``, ``hf``, ``deepspeed`` or ``dcp``."""
+    step: int | None
+    """Optimizer steps done; None where the format does not say (a bare model directory)."""
+    weights: Mapping[str, TensorRef]
+    """The model's tensors as a model would load them: parameters and persistent buffers under canonical names, in
+    the file's or the model's order, tied ones once, by the name that holds the bytes."""
+    buffers: frozenset[str] = frozenset()
+    """Those of ``weights`` that are known to be buffers."""
+    ties: Mapping[str, str] = field(default_factory=dict)
+    """Further name -> name in ``weights``."""
+    masters: Mapping[str, TensorRef] = field(default_factory=dict)
+    """fp32 copies that the optimizer updates, where they are kept beside ``weights``; by fqn."""
+    states: Mapping[str, StateRef] = field(default_factory=dict)
+    """By fqn; a parameter that the optimizer never updated is absent."""
+    optimizers: tuple[OptimizerRef, ...] = ()
+    """Empty for weights alone."""
+    layer_steps: Mapping[str, int] = field(default_factory=dict)
+    """Layer -> step at which it was saved, where it differs from ``step`` (a composite)."""
+    files: tuple[SmallFile, ...] = ()
+    native: object = None
+    """What only this format's own planner understands: the rest of DeepSpeed's tree, a manifest."""
+
+    @property
+    def has_optimizer(self) -> bool:
+        return bool(self.optimizers)
+
+    @cached_property
+    def layers(self) -> LayerMap:
+        """The weights, cut into layers."""
+        cut = map_names({fqn: tensor.meta.shape for fqn, tensor in self.weights.items()})
+        return LayerMap(cut.layers, self.ties)
+
+    def step_of(self, layer: str) -> int | None:
+        """The step at which a layer was saved."""
+        return self.layer_steps.get(layer, self.step)
