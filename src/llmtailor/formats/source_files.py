@@ -1,0 +1,110 @@
+"""Files of a checkpoint somebody else wrote: found and opened without trusting a name or a file type."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from ..catalog import SmallFile
+from ..errors import FormatError, NotFoundError
+
+__all__ = ["list_small_files", "open_source", "resolve_source"]
+
+# Larger than any tokenizer; what is larger is data of some tool, and not for us to carry along unasked.
+_MAX_SMALL_FILE_NBYTES = 2**30
+# Programs are never taken from a source: whoever resumes from the result might run them.
+_CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyo", ".so", ".sh"})
+
+
+def resolve_source(path: Path, root: Path) -> Path:
+    """The real path of a file of a checkpoint.
+
+    A symbolic link is followed only inside the checkpoint or, as the hub's cache makes them, to a blob of the same
+    repository.
+
+    Args:
+        path: The file.
+        root: The checkpoint's directory.
+
+    Raises:
+        NotFoundError: There is no such file.
+        FormatError: It leads out of the checkpoint.
+
+    Source:
+        huggingface_hub 1.x, file_download.py (_create_symlink): ``models--x/snapshots/<rev>/<file>`` is a link to
+        ``../../blobs/<digest>``.
+    """
+    try:
+        real, real_root = path.resolve(strict=True), root.resolve(strict=True)
+    except FileNotFoundError as err:
+        raise NotFoundError("a file of the checkpoint is missing", kind="missing-file", path=path) from err
+    except (OSError, RuntimeError) as err:
+        raise _refuse(path, "a file that can be reached", str(err)) from err
+    allowed = [real_root]
+    if real_root.parent.name == "snapshots":
+        allowed.append(real_root.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise _refuse(path, f"a file inside {root}", str(real))
+    return real
+
+
+def open_source(path: Path) -> int:
+    """Open a regular file for reading; the caller closes the descriptor.
+
+    Raises:
+        NotFoundError: There is no such file.
+        FormatError: It is a link, a pipe, a device or a directory.
+    """
+    try:
+        # O_NONBLOCK: opening a pipe somebody left there must not hang.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as err:
+        raise NotFoundError("a file of the checkpoint is missing", kind="missing-file", path=path) from err
+    except OSError as err:
+        if err.errno in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
+            raise _refuse(path, "a regular file", os.strerror(err.errno)) from err
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise _refuse(path, "a regular file", stat.filemode(mode))
+    return descriptor
+
+
+def list_small_files(root: Path, is_small: Callable[[str], bool]) -> tuple[SmallFile, ...]:
+    """The files directly in a checkpoint that are copied as they are; never programs, never hidden files.
+
+    Args:
+        root: The checkpoint's directory.
+        is_small: Whether a file of this name is copied; asked for plain files only.
+
+    Raises:
+        FormatError: One of them leads out of the checkpoint.
+    """
+    found = []
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        path = Path(entry.path)
+        if (
+            entry.name.startswith(".")
+            or path.suffix in _CODE_SUFFIXES
+            or not entry.is_file()
+            or not is_small(entry.name)
+        ):
+            continue
+        real = resolve_source(path, root)
+        nbytes = real.stat().st_size
+        if nbytes > _MAX_SMALL_FILE_NBYTES:
+            raise _refuse(
+                path, f"at most {_MAX_SMALL_FILE_NBYTES} bytes for a file that is copied whole", f"{nbytes} bytes"
+            )
+        found.append(SmallFile(name=entry.name, path=real, nbytes=nbytes))
+    return tuple(found)
+
+
+def _refuse(path: Path, expected: str, found: str) -> FormatError:
+    return FormatError(
+        "not a file to read a checkpoint from", kind="not-regular", path=path, expected=expected, found=found
+    )
