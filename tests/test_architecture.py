@@ -27,6 +27,7 @@ LEVELS = {
     "optimizer_state": 1,
     "optimizer_values": 1,
     "recipe": 1,
+    "state_keys": 1,
     "tensor_bytes": 1,
     "tensor_refs": 1,
     "catalog": 2,
@@ -63,7 +64,7 @@ PACKAGES_OF_STRANGERS = {"formats", "integrations", "cli"}
 SHARED_FILES = {
     "cli._output",
     "formats.safetensors",
-    "formats.small_files",
+    "formats.source_files",
     "formats.torch_files",
     "integrations.batches",
     "integrations.small_files",

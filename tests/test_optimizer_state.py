@@ -24,11 +24,10 @@ from llmtailor.optimizer_state import (
     parameter_names,
     read_groups,
     read_state,
-    split_state_key,
-    state_key,
     unwrap_optimizer,
     update_count,
 )
+from llmtailor.state_keys import split_state_key, state_key
 from llmtailor.tensor_bytes import host_bytes, meta_of, tensor_from_bytes
 from llmtailor.tensors import TensorMeta
 

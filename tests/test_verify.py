@@ -13,10 +13,11 @@ from faults import LAYERS, fake_layer, flip_bit, overwrite, save_fake
 from llmtailor.checkpoint import Checkpoint
 from llmtailor.errors import FormatError, IntegrityError, NotFoundError
 from llmtailor.formats.safetensors import plan_layout
+from llmtailor.formats.tailored import read_manifest
 from llmtailor.manifest import MANIFEST_NAME, FileRecord, Manifest, digest_of, encode_manifest
 from llmtailor.storage import RunDirectory
 from llmtailor.tensors import TensorMeta
-from llmtailor.verify import open_verified, read_manifest, verify_checkpoint
+from llmtailor.verify import open_verified, verify_checkpoint
 
 
 @pytest.fixture

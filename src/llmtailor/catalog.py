@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .layers import LayerMap, map_names
+from .manifest import FileRecord
 from .tensor_refs import TensorRef
 
 __all__ = ["Catalog", "GroupRef", "Note", "OptimizerRef", "SmallFile", "StateRef"]
@@ -88,6 +89,12 @@ class Catalog:
     """Empty for weights alone."""
     layer_steps: Mapping[str, int] = field(default_factory=dict)
     """Layer -> step at which it was saved, where it differs from ``step`` (a composite)."""
+    update_counts: Mapping[str, int | None] = field(default_factory=dict)
+    """Layer -> how many updates its parameters got, where the format has it at hand."""
+    published: Mapping[Path, FileRecord] = field(default_factory=dict)
+    """Files that never change, and what their own checkpoint recorded of them: they may be taken over by a link."""
+    cut: LayerMap | None = None
+    """The layers, where the checkpoint itself says how it is cut."""
     files: tuple[SmallFile, ...] = ()
     native: object = None
     """What only this format's own planner understands: the rest of DeepSpeed's tree, a manifest."""
@@ -99,6 +106,8 @@ class Catalog:
     @cached_property
     def layers(self) -> LayerMap:
         """The weights, cut into layers."""
+        if self.cut is not None:
+            return self.cut
         cut = map_names({fqn: tensor.meta.shape for fqn, tensor in self.weights.items()})
         return LayerMap(cut.layers, self.ties)
 

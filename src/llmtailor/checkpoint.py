@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import IncompleteError
+from .formats.tailored import read_manifest
 from .manifest import Manifest
-from .verify import read_manifest
 
 __all__ = ["Checkpoint", "describe_layers", "open_checkpoint", "require_optimizer", "summarize_steps"]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .errors import FormatError, NotFoundError
+from .formats.tailored import read_manifest
 from .manifest import MANIFEST_NAME, Manifest
 from .storage import STAGING_NAME, CheckpointEntry, list_attempts, list_checkpoints, list_set_aside
-from .verify import read_manifest
 
 __all__ = ["Inode", "Inventory", "RunEntry", "State", "StoredFile", "freed_nbytes", "measure_tree", "take_inventory"]
 

@@ -24,14 +24,13 @@ from .optimizer_state import (
     load_groups,
     load_parameter_state,
     parameter_names,
-    split_state_key,
     unwrap_optimizer,
 )
+from .state_keys import NOTES_KEY, split_state_key
 from .strict_json import parse_object
 from .tensor_bytes import tensor_from_bytes
 from .tensors import TensorMeta
 from .verify import check_weights_header, open_verified
-from .writer import NOTES_KEY
 
 __all__ = ["load_model", "load_optimizers"]
 

@@ -39,8 +39,6 @@ __all__ = [
     "parameter_names",
     "read_groups",
     "read_state",
-    "split_state_key",
-    "state_key",
     "unwrap_optimizer",
     "update_count",
 ]
@@ -126,30 +124,6 @@ def optimizer_class(optimizer: Optimizer) -> str:
 
 def _class_path(instance: object) -> str:
     return f"{type(instance).__module__}.{type(instance).__qualname__}"
-
-
-def state_key(fqn: str, leaf: str) -> str:
-    """Name of a leaf in a file.
-
-    Source:
-        torch 2.13, distributed/checkpoint/state_dict.py (_flatten_optim_state_dict): ``state.<fqn>.<state name>``.
-    """
-    return f"state.{fqn}.{leaf}"
-
-
-def split_state_key(key: str) -> tuple[str, str]:
-    """(fqn, leaf) of a name in a file; inverse of ``state_key``, since there is no ``.`` in a leaf.
-
-    Raises:
-        IncompatibleError: Not such a name.
-    """
-    prefix, _, rest = key.partition(".")
-    fqn, _, leaf = rest.rpartition(".")
-    if prefix != "state" or not fqn or not leaf:
-        raise IncompatibleError(
-            "not a name of optimizer state", kind="state-key", fqn=key, expected="state.<fqn>.<state name>"
-        )
-    return fqn, leaf
 
 
 def read_state(optimizer: Optimizer, names: ParameterNames) -> dict[str, ParameterState]:

@@ -24,9 +24,9 @@ from .optimizer_state import (
     parameter_names,
     read_groups,
     read_state,
-    state_key,
     unwrap_optimizer,
 )
+from .state_keys import state_key
 from .strategies import Choice, LayerStatus, SaveContext, Strategy, choose_layers
 from .writer import LayerImage, WrittenLayer, optimizer_image, weights_image
 

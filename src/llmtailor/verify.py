@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from io import FileIO
@@ -15,7 +13,9 @@ import xxhash
 
 from .errors import FormatError, IntegrityError, NotFoundError
 from .formats.safetensors import Header, OpenFile, open_file
-from .manifest import MANIFEST_NAME, FileRecord, LayerRecord, Manifest, TensorRecord, decode_manifest, digest_of
+from .formats.source_files import open_source
+from .formats.tailored import read_manifest
+from .manifest import MANIFEST_NAME, FileRecord, LayerRecord, Manifest, TensorRecord, digest_of
 
 __all__ = [
     "FileState",
@@ -23,7 +23,6 @@ __all__ = [
     "VerifyReport",
     "check_weights_header",
     "open_verified",
-    "read_manifest",
     "verify_checkpoint",
 ]
 
@@ -31,13 +30,7 @@ FileState: TypeAlias = tuple[int, int, int, int]
 """Device, inode, size and time of change: while these stay, so do the bytes."""
 
 _CHUNK_NBYTES = 8 * 2**20
-# A manifest has some 200 bytes a tensor; this is a million tensors.
-_MAX_MANIFEST_NBYTES = 256 * 2**20
 _OPTIMIZER_PREFIX = "state."
-_TAMPERED = "the checkpoint was tampered with; resume from another one"
-# What the kernel says when something else stands where a file should be. Whatever else it says (EIO, ESTALE, EACCES,
-# EMFILE, ...) is about the device, the server or this process, and no evidence against the checkpoint.
-_NOT_A_FILE = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENAMETOOLONG, errno.EINVAL})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,77 +79,6 @@ class VerifyReport:
                 found=f"{first.path}: {first.detail}{f' ({first.found})' if first.found else ''}{rest}",
                 hint="resume from an older checkpoint; keep this one for llmtailor verify",
             )
-
-
-def read_manifest(checkpoint: Path) -> tuple[Manifest, str]:
-    """Read and check the manifest of a checkpoint; opens no other file.
-
-    Returns:
-        The manifest and its digest.
-
-    Raises:
-        NotFoundError: No such directory, or it has no manifest.
-        FormatError: The manifest is damaged, of another version, or of another step than the directory's name says.
-    """
-    path = checkpoint / MANIFEST_NAME
-    try:
-        file, status = _open_regular(path)
-    except (FileNotFoundError, NotADirectoryError) as err:
-        is_there = checkpoint.is_dir()
-        raise NotFoundError(
-            f"not a checkpoint of LLMTailor: it has no {MANIFEST_NAME}" if is_there else "no such checkpoint",
-            kind="missing-manifest" if is_there else "missing-checkpoint",
-            path=checkpoint,
-            expected="a directory checkpoint-<step>, written by LLMTailor",
-            found=_describe_directory(checkpoint),
-            hint="llmtailor ls <run> lists the checkpoints of a run",
-        ) from err
-    with file:
-        if status.st_size > _MAX_MANIFEST_NBYTES:
-            raise FormatError(
-                "the manifest is too large to be one",
-                kind="manifest-size",
-                path=path,
-                expected=f"at most {_MAX_MANIFEST_NBYTES} bytes",
-                found=f"{status.st_size} bytes",
-                hint=_TAMPERED,
-            )
-        manifest, digest = decode_manifest(file.read(), path)
-    return manifest, digest
-
-
-def _describe_directory(path: Path) -> str:
-    if not path.exists():
-        return "nothing"
-    names = sorted(os.listdir(path))[:6] if path.is_dir() else []
-    return ", ".join(names) if names else ("an empty directory" if path.is_dir() else "a file")
-
-
-def _open_regular(path: Path) -> tuple[FileIO, os.stat_result]:
-    """Open a file for reading, and nothing else that may stand in its place."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as err:
-        if err.errno in _NOT_A_FILE:
-            raise _refuse_file(path, err.strerror) from err
-        raise
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        # Not left to fdopen: of a directory it makes an OSError, as if the device had failed.
-        os.close(descriptor)
-        raise _refuse_file(path, stat.filemode(status.st_mode))
-    return os.fdopen(descriptor, "rb", buffering=0), status
-
-
-def _refuse_file(path: Path, found: str | None) -> FormatError:
-    return FormatError(
-        "not a regular file",
-        kind="not-regular",
-        path=path,
-        expected="a regular file; a checkpoint holds no symbolic links, pipes or devices",
-        found=found,
-        hint=_TAMPERED,
-    )
 
 
 def open_verified(checkpoint: Path, record: FileRecord) -> OpenFile:
@@ -252,10 +174,11 @@ def _verify_name(checkpoint: Path, manifest: Manifest) -> Iterator[Problem]:
 def _verify_file(checkpoint: Path, record: FileRecord, digests: MutableMapping[FileState, str]) -> None:
     path = checkpoint / record.path
     try:
-        file, status = _open_regular(path)
+        file = os.fdopen(open_source(path), "rb", buffering=0)
     except (FileNotFoundError, NotADirectoryError) as err:
         raise NotFoundError("the file is missing", kind="missing-file", path=path) from err
     with file:
+        status = os.fstat(file.fileno())
         if status.st_size != record.bytes:
             raise IntegrityError(
                 "the file has another size", kind="file-size", path=path, expected=record.bytes, found=status.st_size

@@ -15,8 +15,12 @@ __all__ = ["list_small_files", "open_source", "resolve_source"]
 
 # Larger than any tokenizer; what is larger is data of some tool, and not for us to carry along unasked.
 _MAX_SMALL_FILE_NBYTES = 2**30
+# What the kernel says when something else stands where a file should be. Whatever else it says (EIO, ESTALE, EACCES,
+# EMFILE, ...) is about the device, the server or this process, and no evidence against the checkpoint.
+_NOT_A_FILE = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENAMETOOLONG, errno.EINVAL})
 # Programs are never taken from a source: whoever resumes from the result might run them.
 _CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyo", ".so", ".sh"})
+_REGULAR = "a regular file; no symbolic link, pipe or device is read as one"
 
 
 def resolve_source(path: Path, root: Path) -> Path:
@@ -61,16 +65,17 @@ def open_source(path: Path) -> int:
     try:
         # O_NONBLOCK: opening a pipe somebody left there must not hang.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError as err:
+    except (FileNotFoundError, NotADirectoryError) as err:
         raise NotFoundError("a file of the checkpoint is missing", kind="missing-file", path=path) from err
     except OSError as err:
-        if err.errno in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
-            raise _refuse(path, "a regular file", os.strerror(err.errno)) from err
+        if err.errno in _NOT_A_FILE:
+            raise _refuse(path, _REGULAR, str(err.strerror)) from err
         raise
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise _refuse(path, "a regular file", stat.filemode(mode))
+        # Not left to whoever reads: of a directory that makes an OSError, as if the device had failed.
+        raise _refuse(path, _REGULAR, stat.filemode(mode))
     return descriptor
 
 
@@ -106,5 +111,10 @@ def list_small_files(root: Path, is_small: Callable[[str], bool]) -> tuple[Small
 
 def _refuse(path: Path, expected: str, found: str) -> FormatError:
     return FormatError(
-        "not a file to read a checkpoint from", kind="not-regular", path=path, expected=expected, found=found
+        "not a file to read a checkpoint from",
+        kind="not-regular",
+        path=path,
+        expected=expected,
+        found=found,
+        hint="the checkpoint is damaged or was tampered with; take another one",
     )

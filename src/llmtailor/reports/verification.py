@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FormatError, NotFoundError
 from ..manifest import FileRecord
-from ..verify import FileState, Problem, VerifyReport, read_manifest, verify_checkpoint
+from ..formats.tailored import read_manifest
+from ..verify import FileState, Problem, VerifyReport, verify_checkpoint
 from .units import format_bytes, format_number_of
 
 if TYPE_CHECKING:

@@ -2,10 +2,9 @@
 
 from .blocking import LinkedFile, SaveJob, WrittenLayer, write_checkpoint
 from .handle import SaveHandle, SaveStats
-from .images import NOTES_KEY, FileImage, LayerImage, optimizer_image, weights_image
+from .images import FileImage, LayerImage, optimizer_image, weights_image
 
 __all__ = [
-    "NOTES_KEY",
     "FileImage",
     "LayerImage",
     "LinkedFile",

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from ..formats.safetensors import Layout, plan_layout
+from ..state_keys import NOTES_KEY
 from ..tensor_bytes import host_bytes, meta_of
 
-__all__ = ["NOTES_KEY", "FileImage", "LayerImage", "optimizer_image", "weights_image"]
-
-NOTES_KEY = "llmtailor.notes"
+__all__ = ["FileImage", "LayerImage", "optimizer_image", "weights_image"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
