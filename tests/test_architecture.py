@@ -37,8 +37,10 @@ LEVELS = {
     "strategies": 2,
     "formats": 3,
     "storage": 3,
+    "assembly": 4,
     "diff": 4,
     "estimate": 4,
+    "mergekit_process": 4,
     "plan": 4,
     "progress": 4,
     "save_plan": 4,
@@ -48,7 +50,9 @@ LEVELS = {
     "checkpointer": 5,
     "inventory": 5,
     "load": 5,
+    "merging": 5,
     "resume": 5,
+    "save_history": 5,
     "targets": 5,
     "integrations": 6,
     "reports": 7,
@@ -62,6 +66,7 @@ PACKAGES_OF_STRANGERS = {"formats", "integrations", "cli"}
 # ... except those that stand for none of the strangers and serve all, and one that puts all together (as every
 # package's __init__ may).
 SHARED_FILES = {
+    "cli._merge_options",
     "cli._output",
     "formats.safetensors",
     "formats.source_files",

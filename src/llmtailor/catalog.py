@@ -17,9 +17,10 @@ from typing import Any, TypeAlias
 
 from .layers import LayerMap, map_names
 from .manifest import FileRecord
-from .tensor_refs import TensorRef
+from .tensor_refs import CastTensor, TensorRef
+from .tensors import TensorMeta
 
-__all__ = ["Catalog", "GroupRef", "Note", "OptimizerRef", "SmallFile", "StateRef"]
+__all__ = ["Catalog", "GroupRef", "Note", "OptimizerRef", "SmallFile", "StateRef", "weights_to_train"]
 
 Note: TypeAlias = str | dict[str, Any]
 """What a tensor cannot say of an optimizer's value; see ``optimizer_values.Note`` and the specification, section 3."""
@@ -114,3 +115,36 @@ class Catalog:
     def step_of(self, layer: str) -> int | None:
         """The step at which a layer was saved."""
         return self.layer_steps.get(layer, self.step)
+
+
+def weights_to_train(catalog: Catalog, dtype: str | None) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+    """The weights for a framework that keeps no masters beside them.
+
+    The masters become the weights: they are what the optimizer updates, so training goes on from them.
+
+    Args:
+        catalog: Of any format.
+        dtype: Element type of floating-point weights, safetensors spelling; None keeps each as it is.
+
+    Returns:
+        The weights in the catalog's order, and sentences about what was changed.
+    """
+    # A narrow type is asked for by those who want the model as it computes; then its own weights are the right ones.
+    masters = catalog.masters if dtype in (None, "F32", "F64") else {}
+    chosen = {fqn: masters.get(fqn, tensor) for fqn, tensor in catalog.weights.items()}
+    widened = sum(chosen[fqn].meta != tensor.meta for fqn, tensor in catalog.weights.items())
+    notes = [f"the weights of {widened} parameters are their fp32 masters"] if widened else []
+    cast = {fqn: _cast(tensor, dtype) for fqn, tensor in chosen.items()}
+    rounded = sum(cast[fqn] is not tensor for fqn, tensor in chosen.items())
+    if rounded:
+        notes.append(f"{rounded} weights were brought to {dtype}")
+    return cast, tuple(notes)
+
+
+def _cast(tensor: TensorRef, dtype: str | None) -> TensorRef:
+    if dtype is None or tensor.meta.dtype == dtype or tensor.meta.dtype not in _CASTABLE:
+        return tensor
+    return CastTensor(meta=TensorMeta(dtype=dtype, shape=tensor.meta.shape), source=tensor)
+
+
+_CASTABLE = frozenset({"F64", "F32", "F16", "BF16"})

@@ -64,6 +64,12 @@ class Output:
 
         return nullcontext(lambda record: None) if self.is_quiet else show_reading("verify", find_total)
 
+    def byte_progress(self, what: str, total_nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar on stderr, if that is a terminal; see ``progress.show_bytes``."""
+        from ..progress import show_bytes
+
+        return nullcontext(lambda nbytes: None) if self.is_quiet else show_bytes(what, lambda: total_nbytes)
+
 
 def _print_tables(report: Report) -> None:
     from rich.console import Console

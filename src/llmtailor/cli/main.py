@@ -12,7 +12,10 @@ import typer
 from .. import __version__
 from ._errors import reported
 from .demo import demo
+from .export import export
 from .ls import ls
+from .merge import merge
+from .plan import plan
 from .prune import prune
 from .show import show
 from .verify import verify
@@ -21,13 +24,13 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="llmtailor",
-    help="Checkpoints of LLM training, layer by layer: list, inspect, verify, remove.",
+    help="Checkpoints of LLM training, layer by layer: list, inspect, verify, merge, remove.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-for _command in (ls, show, verify, prune, demo):
+for _command in (ls, show, verify, plan, merge, export, prune, demo):
     app.command()(reported(_command))
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FormatError, NotFoundError
-from ..manifest import FileRecord
 from ..formats.tailored import read_manifest
+from ..manifest import FileRecord
 from ..verify import FileState, Problem, VerifyReport, verify_checkpoint
 from .units import format_bytes, format_number_of
 

@@ -2,6 +2,7 @@
 
 from .filesystem import FreeSpace, LocalFileSystem
 from .lock import RunLock
+from .output_directory import OutputDirectory
 from .run_directory import (
     STAGING_NAME,
     CheckpointEntry,
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointEntry",
     "FreeSpace",
     "LocalFileSystem",
+    "OutputDirectory",
     "RunDirectory",
     "RunLock",
     "SetAsideEntry",

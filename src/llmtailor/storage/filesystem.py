@@ -39,9 +39,9 @@ class LocalFileSystem:
         """Create a directory; its parent must exist, it must not. Who may enter it is for the umask to say."""
         os.mkdir(path)
 
-    def create(self, path: Path) -> int:
-        """Create a file that does not exist, for writing; it is read-only for everybody else from the start."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444)
+    def create(self, path: Path, mode: int = 0o444) -> int:
+        """Create a file that does not exist, for writing; by default read-only for everybody else from the start."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
     def open_for_reading(self, path: Path) -> int:
         """Open a regular file that is no link; ``OSError(EINVAL)`` for anything else."""
@@ -63,6 +63,31 @@ class LocalFileSystem:
         """Write all of the buffer at the file's position."""
         while buffer.nbytes:
             buffer = buffer[os.write(descriptor, buffer) :]
+
+    def write_at(self, descriptor: int, buffer: memoryview, offset: int) -> None:
+        """Write all of the buffer at an offset; threads may do so side by side."""
+        while buffer.nbytes:
+            nbytes = os.pwrite(descriptor, buffer, offset)
+            buffer, offset = buffer[nbytes:], offset + nbytes
+
+    def set_direct(self, descriptor: int, is_direct: bool) -> None:
+        """Go around the page cache, or through it; ``OSError(EINVAL)`` where the file system cannot.
+
+        Around it, memory, offset and size of each write must be multiples of the device's block.
+        """
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if is_direct else flags & ~os.O_DIRECT)
+
+    def start_writeback(self, descriptor: int, offset: int, nbytes: int) -> None:
+        """Let the kernel begin to write what lies in the page cache, so that fsync finds little to do.
+
+        Source: Linux 6.18, mm/fadvise.c: POSIX_FADV_DONTNEED starts the write of dirty pages and waits for none.
+        """
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def truncate(self, descriptor: int, nbytes: int) -> None:
+        """Cut a file off."""
+        os.ftruncate(descriptor, nbytes)
 
     def read(self, descriptor: int, nbytes: int) -> bytes:
         """Read up to that many bytes; empty at the end."""
@@ -86,7 +111,12 @@ class LocalFileSystem:
 
     def reflink(self, source: Path, target: Path) -> None:
         """Make a new file that shares the blocks of another."""
-        self._fill(source, target, lambda reader, writer: fcntl.ioctl(writer, _FICLONE, reader))
+        self._fill(source, target, LocalFileSystem.clone)
+
+    @staticmethod
+    def clone(reader: int, writer: int) -> None:
+        """Make an open, empty file share all blocks of another."""
+        fcntl.ioctl(writer, _FICLONE, reader)
 
     def copy(self, source: Path, target: Path) -> None:
         """Make a new file with the same bytes."""

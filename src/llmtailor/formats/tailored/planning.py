@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ... import __version__
-from ...catalog import Catalog, StateRef
+from ...catalog import Catalog, StateRef, weights_to_train
 from ...errors import IncompatibleError, UnsupportedError
 from ...file_plan import CheckpointPlan, FilePlan, FileRange, LinkPlan, Part, WrittenFile
 from ...layers import Layer, file_stem
@@ -33,8 +33,8 @@ from ...manifest import (
     encode_manifest,
 )
 from ...state_keys import NOTES_KEY, state_key
-from ...tensor_refs import CastTensor, FileTensor, TensorRef, files_of, whole
-from ...tensors import ByteRange, TensorMeta
+from ...tensor_refs import FileTensor, TensorRef, files_of, whole
+from ...tensors import ByteRange
 from ..safetensors import Layout, plan_layout
 
 __all__ = ["plan_tailored"]
@@ -66,7 +66,7 @@ def plan_tailored(catalog: Catalog, *, dtype: str | None = None) -> CheckpointPl
         IncompatibleError: A layer was saved after the step of the checkpoint.
         UnsupportedError: The class of the optimizer is not known.
     """
-    weights, notes = _weights_to_train(catalog, dtype)
+    weights, notes = weights_to_train(catalog, dtype)
     files: list[FilePlan] = []
     links: list[LinkPlan] = []
     of_layer: dict[str, _LayerFiles] = {}
@@ -88,23 +88,7 @@ def plan_tailored(catalog: Catalog, *, dtype: str | None = None) -> CheckpointPl
         files.append(FilePlan(name=file.name, parts=parts))
     draft = _Draft(catalog, weights, of_layer)
     draft.check()
-    return CheckpointPlan(files=tuple(files), links=tuple(links), seal=draft.seal, notes=tuple(notes))
-
-
-def _weights_to_train(catalog: Catalog, dtype: str | None) -> tuple[dict[str, TensorRef], list[str]]:
-    """The tensors of the model, and what there is to say about them."""
-    chosen = {fqn: catalog.masters.get(fqn, tensor) for fqn, tensor in catalog.weights.items()}
-    changed = sum(chosen[fqn].meta != tensor.meta for fqn, tensor in catalog.weights.items())
-    notes = [f"the weights of {changed} parameters are their fp32 masters"] if changed and dtype is None else []
-    if dtype is not None:
-        chosen = {fqn: _cast(tensor, dtype) for fqn, tensor in chosen.items()}
-    return chosen, notes
-
-
-def _cast(tensor: TensorRef, dtype: str) -> TensorRef:
-    if tensor.meta.dtype == dtype or tensor.meta.dtype not in ("F64", "F32", "F16", "BF16"):
-        return tensor
-    return CastTensor(meta=TensorMeta(dtype=dtype, shape=tensor.meta.shape), source=tensor)
+    return CheckpointPlan(files=tuple(files), links=tuple(links), seal=draft.seal, notes=notes)
 
 
 def _state_content(states: Mapping[str, StateRef]) -> tuple[dict[str, TensorRef], dict[str, object]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...catalog import Catalog, GroupRef, OptimizerRef, SmallFile, StateRef
 from ...errors import FormatError, IntegrityError, NotFoundError
@@ -22,6 +22,8 @@ __all__ = ["open_tailored", "read_manifest"]
 
 # A manifest has some 200 bytes a tensor; this is a million tensors.
 _MAX_MANIFEST_NBYTES = 256 * 2**20
+
+_Value = TypeVar("_Value")
 
 
 def read_manifest(checkpoint: Path) -> tuple[Manifest, str]:
@@ -69,14 +71,14 @@ def _describe_directory(path: Path) -> str:
 
 
 def open_tailored(path: Path) -> Catalog:
-    """Open a checkpoint of our own: its manifest and the headers of its layer files.
+    """Open a checkpoint of our own: its manifest, and of each layer that is asked for the headers of its files.
 
     Sizes are checked, digests are not: that means reading everything, which is ``verify``'s work.
 
     Raises:
-        NotFoundError: It is none, or a file is missing.
-        FormatError: The manifest or a header is damaged, or a file does not hold its layer.
-        IntegrityError: A file has another size than was published.
+        NotFoundError: It is none; of a layer, when it is asked for: a file is missing.
+        FormatError: The manifest is damaged; of a layer: a header is, or a file does not hold its layer.
+        IntegrityError: Of a layer: a file has another size than was published.
     """
     root = path.resolve()
     manifest, _ = read_manifest(path)
@@ -84,20 +86,16 @@ def open_tailored(path: Path) -> Catalog:
     for tensor in manifest.tensors:
         if tensor.tied_to is None:
             held[tensor.layer].append(tensor)
-    weights: dict[str, TensorRef] = {}
-    states: dict[str, StateRef] = {}
-    for layer in manifest.layers:
-        weights.update(_read_weights(root, layer, held[layer.name]))
-        states.update(_read_states(root, layer, held[layer.name]))
-    order = [tensor.fqn for tensor in manifest.tensors if tensor.tied_to is None]
+    records = {layer.name: layer for layer in manifest.layers}
+    order = {tensor.fqn: tensor.layer for tensor in manifest.tensors if tensor.tied_to is None}
     return Catalog(
         path=path,
         format="tailored",
         step=manifest.step,
-        weights={fqn: weights[fqn] for fqn in order},
+        weights=_ByLayer(order, lambda layer: dict(_read_weights(root, records[layer], held[layer]))),
         buffers=frozenset(tensor.fqn for tensor in manifest.tensors if tensor.kind == "buffer"),
         ties={tensor.fqn: tensor.tied_to for tensor in manifest.tensors if tensor.tied_to is not None},
-        states={fqn: states[fqn] for fqn in order if fqn in states},
+        states=_ByLayer(order, lambda layer: dict(_read_states(root, records[layer], held[layer]))),
         optimizers=tuple(
             OptimizerRef(
                 name=optimizer.name,
@@ -112,6 +110,34 @@ def open_tailored(path: Path) -> Catalog:
         files=tuple(_small_file(root, file) for file in manifest.files if file.path != INDEX_NAME),
         native=manifest,
     )
+
+
+class _ByLayer(Mapping[str, _Value]):
+    """What the layer files hold by fqn; a layer's file is opened when the first of its names is looked up.
+
+    A merge of many sources needs a few layers of each, and a model has thousands of tensors.
+
+    Args:
+        layer_of: fqn -> layer; the order is the mapping's.
+        load: Layer -> its part of the mapping.
+    """
+
+    def __init__(self, layer_of: Mapping[str, str], load: Callable[[str], Mapping[str, _Value]]) -> None:
+        self._layer_of = layer_of
+        self._load = load
+        self._loaded: dict[str, Mapping[str, _Value]] = {}
+
+    def __getitem__(self, fqn: str) -> _Value:
+        layer = self._layer_of[fqn]
+        if layer not in self._loaded:
+            self._loaded[layer] = self._load(layer)
+        return self._loaded[layer][fqn]
+
+    def __iter__(self) -> Iterator[str]:
+        return (fqn for fqn in self._layer_of if fqn in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _layer_map(manifest: Manifest, held: Mapping[str, Sequence[TensorRecord]]) -> LayerMap:

@@ -1,0 +1,8 @@
+"""Fills in the files of a new checkpoint, from the plan of any format, at the speed of the disk. No torch.
+
+CheckpointPlan --segments--> chunks of files --transfer--> filled, summed, written --execute--> published
+"""
+
+from .execute import execute
+
+__all__ = ["execute"]

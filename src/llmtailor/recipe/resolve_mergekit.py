@@ -1,0 +1,365 @@
+"""mergekit's dialect, resolved: positions become names, and auxiliary layers get the one source they come from.
+
+A block's place in the target is the sum of the lengths of the slices before it. An auxiliary layer (embedding, norm,
+head) comes from where LLMTailor's additions say, weights and optimizer together. Where a recipe has none of them,
+embeddings come from the first slice and all else from the last, as in mergekit.
+
+Source: mergekit 0.1, plan.py (normalize_config, plan_slice, _plan), merge_methods/linear.py;
+LLMTailor 0db721c, merge.py and plan.py (ranges of length 0, pre_weights, post_weights).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..errors import IncompatibleError, IncompleteError, NotFoundError, UnsupportedError
+from ..layers import Layer, LayerKind
+from .faults import Faults, Place
+from .patterns import summarize_names
+from .records import MergekitRecipe, Slice, SliceSource, WeightSource
+from .resolution import Resolution, TargetLayer, make_target, method_of
+from .settings import weight_at
+from .sources import SourceLayers, block_name, check_fit, find_main_stack, join_layers, newest_source
+from .units import find_role, role_of_unit
+
+__all__ = ["resolve_mergekit"]
+
+_MAX_BLOCKS = 10_000
+_OWN_DIALECT = "name the layers instead: base: PATH, layers: {NAME: PATH} (docs/recipes.md)"
+
+
+def resolve_mergekit(recipe: MergekitRecipe, sources: Mapping[str, SourceLayers], faults: Faults) -> Resolution:
+    """Resolve a recipe of mergekit's dialect; raises what it finds, all at once."""
+    if recipe.needs_mergekit is not None:
+        faults.add(
+            "needs-mergekit",
+            f"only mergekit itself can do this: {recipe.needs_mergekit}",
+            error=UnsupportedError,
+            expected="merge_method passthrough or linear; of a tokenizer base or a path",
+            hint="pip install mergekit, which merges the weights alone, without optimizer state",
+        )
+        faults.raise_any()
+    stack = _main_stack(sources, faults)
+    check_fit(sources, base=recipe.base_model, stack=stack, may_change_depth=not recipe.models, faults=faults)
+    if recipe.models:
+        # What follows from different depths need not be said again, source by source.
+        faults.raise_any()
+    return _Resolving(recipe=recipe, sources=sources, faults=faults, stack=stack).run()
+
+
+def _main_stack(sources: Mapping[str, SourceLayers], faults: Faults) -> str:
+    stacks = find_main_stack(sources.values())
+    if len(stacks) != 1:
+        faults.add(
+            "ambiguous-stack",
+            "it cannot be told which layers a layer_range means",
+            error=IncompatibleError,
+            expected="sources with one stack of layers that is longer than all others",
+            found=" and ".join(stacks) or "no stack of layers",
+            hint=_OWN_DIALECT,
+        )
+        faults.raise_any()
+    return stacks[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pick:
+    """A wish for one auxiliary layer."""
+
+    model: str
+    place: Place
+
+
+@dataclass(slots=True, kw_only=True)
+class _Resolving:
+    """The pass over one recipe."""
+
+    recipe: MergekitRecipe
+    sources: Mapping[str, SourceLayers]
+    faults: Faults
+    stack: str
+    picks: dict[str, _Pick] = field(default_factory=dict)
+    """Auxiliary layer -> where it comes from."""
+    missing: list[str] = field(default_factory=list)
+    """Auxiliary layers without a source."""
+
+    def run(self) -> Resolution:
+        slices = self._slices()
+        with_blocks = [each for each in slices if each.num_blocks]
+        without = [each for each in slices if not each.num_blocks]
+        num_blocks = sum(each.num_blocks for each in with_blocks)
+        self._check_size(with_blocks, num_blocks)
+        known = self._known_layers()
+        auxiliary = [layer for layer in known if layer.stack != self.stack]
+        self._pick_weights()
+        self._pick_optimizers(without, num_blocks, auxiliary)
+        blocks = list(self._blocks(with_blocks))
+        others = {layer.name: self._auxiliary(layer, with_blocks) for layer in auxiliary}
+        self._check_coverage()
+        self.faults.raise_any()
+        layers = tuple(self._ordered(known, blocks, others))
+        base = self.recipe.base_model or newest_source(self.sources)
+        return Resolution(
+            layers=layers,
+            base=base,
+            state_from=base,
+            method=method_of(layers),
+            output=self.recipe.output,
+            tokenizer_from=base if self.recipe.tokenizer == "base" else self.recipe.tokenizer,
+            stack=self.stack,
+            num_blocks=num_blocks,
+        )
+
+    def _slices(self) -> tuple[Slice, ...]:
+        """The recipe's slices; for ``models`` one over all blocks."""
+        if self.recipe.slices:
+            return self.recipe.slices
+        depth = max(self._depth(source.model) for source in self.recipe.models)
+        sources = tuple(
+            SliceSource(model=each.model, start=0, end=depth, rules=each.rules, place=each.place)
+            for each in self.recipe.models
+        )
+        return (Slice(sources=sources, normalize=self.recipe.normalize, place=sources[0].place),)
+
+    def _depth(self, model: str) -> int:
+        """One past the highest block that a source can have."""
+        source = self.sources[model]
+        return source.depth(self.stack) or max(source.stacks.get(self.stack, ()), default=-1) + 1
+
+    def _check_size(self, slices: Sequence[Slice], num_blocks: int) -> None:
+        """That every range is within its source; raises, as nothing else can be said then."""
+        for source in (source for each in slices for source in each.sources):
+            if source.end > self._depth(source.model):
+                self.faults.add(
+                    "layer-range-outside",
+                    f"{source.model} does not have so many layers",
+                    place=source.place,
+                    error=IncompatibleError,
+                    expected=f"a range within [0, {self._depth(source.model)}]",
+                    found=f"[{source.start}, {source.end}]",
+                )
+        if not num_blocks or num_blocks > _MAX_BLOCKS:
+            self.faults.add(
+                "slice-coverage",
+                "the slices give no layer" if not num_blocks else "the slices give too many layers",
+                error=IncompatibleError,
+                expected=f"1 to {_MAX_BLOCKS:,} layers",
+                found=f"{num_blocks:,}",
+            )
+        self.faults.raise_any()
+
+    def _known_layers(self) -> tuple[Layer, ...]:
+        """All layers of all sources in the base's order; of equals the fullest source comes first."""
+        first = self.recipe.base_model or newest_source(self.sources)
+        rest = sorted(
+            (path for path in self.sources if path != first), key=lambda path: -len(self.sources[path].layers)
+        )
+        return join_layers([self.sources[path].layers for path in (first, *rest)])
+
+    def _is_tied(self, model: str, auxiliary: Sequence[Layer]) -> bool:
+        said = [self.sources[model].tied, *(source.tied for source in self.sources.values())]
+        has_head = any(layer.kind is LayerKind.HEAD for layer in auxiliary)
+        return next((tied for tied in said if tied is not None), not has_head)
+
+    def _pick_weights(self) -> None:
+        for wish in (*self.recipe.pre_weights, *self.recipe.post_weights):
+            layer = self._layer_of(wish)
+            if layer is not None:
+                self._pick(layer, _Pick(model=wish.model, place=wish.place))
+
+    def _layer_of(self, wish: WeightSource) -> str | None:
+        try:
+            layer = self.sources[wish.model].layers.layer_of(wish.name)
+        except NotFoundError as err:
+            tied = "its head and embedding are tied: name the embedding" if self.sources[wish.model].tied else None
+            self.faults.add(
+                "unknown-tensor",
+                f"{wish.model} has no tensor {wish.name!r}",
+                place=wish.place,
+                error=IncompatibleError,
+                hint=err.hint if tied is None or "lm_head" not in wish.name else tied,
+            )
+            return None
+        if layer.stack == self.stack:
+            self.faults.add(
+                "not-auxiliary",
+                f"{wish.name!r} belongs to the layer {layer.name}",
+                place=wish.place,
+                expected="a tensor of an embedding, a norm or a head; slices say where other layers come from",
+            )
+            return None
+        return layer.name
+
+    def _pick_optimizers(self, slices: Sequence[Slice], num_blocks: int, auxiliary: Sequence[Layer]) -> None:
+        for source in (source for each in slices for source in each.sources):
+            depth = self.sources[source.model].depth(self.stack) or num_blocks
+            is_tied = self._is_tied(source.model, auxiliary)
+            role = role_of_unit(source.start, depth, is_tied=is_tied)
+            layer = None if role is None else find_role(role, auxiliary)
+            if role is not None and layer is not None:
+                self._pick(layer.name, _Pick(model=source.model, place=source.place))
+            else:
+                self._refuse_unit(source, depth, is_tied)
+            if depth != num_blocks:
+                self.faults.add(
+                    "slice-coverage",
+                    "the slices do not give as many layers as the source has, on which ranges of no layers count",
+                    place=source.place,
+                    error=IncompleteError,
+                    expected=f"{depth} layers",
+                    found=f"{num_blocks}",
+                    hint="for a model of another depth use pre_weights and post_weights alone",
+                )
+
+    def _refuse_unit(self, source: SliceSource, depth: int, is_tied: bool) -> None:
+        heads = [f"[{depth + 1}, {depth + 1}] ({'embedding' if is_tied else 'head'})"]
+        heads += [] if is_tied else [f"[{depth + 2}, {depth + 2}] (embedding)"]
+        self.faults.add(
+            "zero-length-range",
+            "a range of no layers that stands for no auxiliary layer",
+            place=source.place,
+            error=IncompatibleError,
+            expected=f"[0, 0] (norm), {', '.join(heads)}: {source.model} has {depth} layers and is "
+            f"{'tied' if is_tied else 'untied'}",
+            found=f"[{source.start}, {source.end}]",
+            hint=_OWN_DIALECT,
+        )
+
+    def _pick(self, layer: str, pick: _Pick) -> None:
+        """Take a layer from a source; its weights and its optimizer state only together."""
+        first = self.picks.setdefault(layer, pick)
+        if first.model != pick.model:
+            self.faults.add(
+                "auxiliary-twice",
+                f"{layer} is asked from two checkpoints; weights and optimizer state must be of the same one",
+                place=pick.place,
+                layer=layer,
+                expected=f"{first.model}, as at {first.place}",
+                found=pick.model,
+            )
+
+    def _blocks(self, slices: Sequence[Slice]) -> Iterator[TargetLayer]:
+        position = 0
+        for each in slices:
+            self._check_blocks_exist(each)
+            last = max(each.num_blocks - 1, 1)
+            for offset in range(each.num_blocks):
+                names = [block_name(self.stack, source.start + offset) for source in each.sources]
+                # As in mergekit, a slice of one layer has that layer at its end.
+                at = 1.0 if each.num_blocks == 1 else offset / last
+                target = self._average(block_name(self.stack, position), each, names, at)
+                if target is not None:
+                    yield target
+                position += 1
+
+    def _check_blocks_exist(self, each: Slice) -> None:
+        for source in each.sources:
+            numbers = self.sources[source.model].stacks.get(self.stack, frozenset())
+            absent = [block_name(self.stack, i) for i in range(source.start, source.end) if i not in numbers]
+            if absent:
+                self.faults.add(
+                    "layer-not-in-source",
+                    f"{source.model} does not have these layers",
+                    place=source.place,
+                    error=IncompleteError,
+                    layer=absent[0] if len(absent) == 1 else None,
+                    found=f"no {summarize_names(absent)}",
+                )
+
+    def _average(self, name: str, each: Slice, names: Sequence[str], at: float) -> TargetLayer | None:
+        """A layer of the target out of one layer of each source; None if a fault was noted."""
+        pairs = list(zip(each.sources, names, strict=True))
+        if any(layer not in self.sources[source.model].by_name for source, layer in pairs):
+            return None
+        weights = [self._weight(source, layer, at) for source, layer in pairs]
+        factors = [weight for weight in weights if weight is not None]
+        if len(factors) < len(weights):
+            return None
+        total = sum(factors) if each.normalize else 1.0
+        if abs(total) < 1e-8 or not any(factors):
+            self.faults.add(
+                "weights",
+                f"the weights of {name} add up to 0",
+                place=each.place,
+                layer=name,
+                expected="weights whose sum they can be divided by",
+            )
+            return None
+        parts = [(source.model, layer, factor / total) for (source, layer), factor in zip(pairs, factors, strict=True)]
+        return make_target(name, parts, self.sources)
+
+    def _weight(self, source: SliceSource, name: str, at: float) -> float | None:
+        """What a source counts for a layer; None if a fault was noted."""
+        layer = self.sources[source.model].by_name[name]
+        weights = {weight_at(source.rules, fqn, at) for fqn in layer.fqns}
+        if len(weights) > 1:
+            self.faults.add(
+                "weights-within-layer",
+                f"filters give the tensors of {name} different weights",
+                place=source.place,
+                error=UnsupportedError,
+                layer=name,
+                expected="one weight for all tensors of a layer",
+                hint="pip install mergekit, which merges the weights alone, without optimizer state",
+            )
+            return None
+        (weight,) = weights
+        return 1.0 if weight is None else weight
+
+    def _auxiliary(self, layer: Layer, slices: Sequence[Slice]) -> TargetLayer | None:
+        """An auxiliary layer of the target; None if it has no source, which is noted."""
+        pick = self.picks.get(layer.name)
+        if pick is not None:
+            return self._copy(layer.name, pick.model, pick.place)
+        has_additions = bool(self.picks or self.recipe.pre_weights or self.recipe.post_weights)
+        if has_additions or layer.kind is LayerKind.BLOCK:
+            # Where a recipe chooses some of them, mergekit's rule for the others would be a guess.
+            only = next(iter(self.sources)) if len(self.sources) == 1 else None
+            rest = self.recipe.base_model or only
+            if rest is not None:
+                return self._copy(layer.name, rest, None)
+            self.missing.append(layer.name)
+            return None
+        each, at = (slices[0], 0.0) if layer.kind is LayerKind.EMBEDDING else (slices[-1], 1.0)
+        for source in each.sources:
+            if layer.name not in self.sources[source.model].by_name:
+                self._copy(layer.name, source.model, source.place)
+        return self._average(layer.name, each, [layer.name] * len(each.sources), at)
+
+    def _copy(self, name: str, model: str, place: Place | None) -> TargetLayer | None:
+        if name in self.sources[model].by_name:
+            return make_target(name, [(model, name, 1.0)], self.sources)
+        self.faults.add(
+            "layer-not-in-source",
+            f"{model} does not have the layer {name}",
+            place=place,
+            error=IncompleteError,
+            layer=name,
+        )
+        return None
+
+    def _check_coverage(self) -> None:
+        if self.missing:
+            self.faults.add(
+                "layers-missing",
+                "layers have no source",
+                error=IncompleteError,
+                layer=self.missing[0] if len(self.missing) == 1 else None,
+                expected="an entry of pre_weights or post_weights for each, or base_model: PATH for the rest",
+                found=summarize_names(self.missing),
+            )
+
+    def _ordered(
+        self, known: Sequence[Layer], blocks: Sequence[TargetLayer], others: Mapping[str, TargetLayer | None]
+    ) -> Iterator[TargetLayer]:
+        """Model order: the target's blocks stand where the sources' do."""
+        is_first = True
+        for layer in known:
+            if layer.stack != self.stack:
+                target = others[layer.name]
+                assert target is not None, layer.name
+                yield target
+            elif is_first:
+                yield from blocks
+                is_first = False

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from safetensors.torch import load_file
+
+Command: TypeAlias = Callable[..., Any]
+
+
+@pytest.fixture
+def recipe(run: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f'base: {run / "checkpoint-5"}\nlayers:\n  "layers.0-1, norm": {run / "checkpoint-1"}\n')
+    return path
+
+
+def test_merge_shows_where_each_layer_comes_from(recipe: Path, run: Path, tmp_path: Path, llmtailor: Command) -> None:
+    lines = llmtailor("merge", recipe, tmp_path / "out").stdout.splitlines()
+    rows = {line.split()[0]: line.split()[1:4] for line in lines[1:7]}
+    assert rows["layers.0"] == [str(run / "checkpoint-1"), "1", "4"]
+    assert rows["layers.2"][0] == str(run / "checkpoint-5")
+    assert any(line.split() == ["format", "tailored,", "weights", "and", "optimizer"] for line in lines)
+    assert (tmp_path / "out" / "tailor.json").is_file()
+
+
+def test_dry_run_writes_nothing(recipe: Path, tmp_path: Path, llmtailor_json: Command) -> None:
+    record = llmtailor_json("merge", recipe, tmp_path / "out", "--dry-run")
+    assert record["output"] is None
+    assert {row["layer"]: row["staleness"] for row in record["layers"]}["norm"] == 4
+    assert record["bytes"] > 0
+    assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == ["recipe.yaml"]
+
+
+def test_merge_json_counts_the_bytes_on_disk(recipe: Path, tmp_path: Path, llmtailor_json: Command) -> None:
+    record = llmtailor_json("merge", recipe, tmp_path / "out")
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert record["num_files"] == len(files)
+    sizes = sum(path.stat().st_size for path in files if path.name != "tailor.json")
+    assert record["bytes"] == sizes
+    assert record["linked_bytes"] == sum(path.stat().st_size for path in files if path.stat().st_nlink > 1)
+    written = json.loads((tmp_path / "out" / "llmtailor_merge.json").read_text())
+    assert [row["source"] for row in written["layers"]] == [row["source"] for row in record["layers"]]
+
+
+def test_quiet_merge_prints_the_new_directory(recipe: Path, tmp_path: Path, llmtailor: Command) -> None:
+    assert llmtailor("merge", "-q", recipe, tmp_path / "out").stdout == f"{tmp_path / 'out'}\n"
+
+
+def test_merge_of_weights_in_another_type(recipe: Path, tmp_path: Path, llmtailor: Command) -> None:
+    llmtailor("merge", recipe, tmp_path / "out", "--weights-only", "--to", "hf", "--dtype", "bfloat16")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "llmtailor_merge.json"} <= names
+    assert not names & {"optimizer.pt", "scheduler.pt", "rng_state.pth", "run_state.json"}
+    assert {str(tensor.dtype) for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        "torch.bfloat16"
+    }
+
+
+def test_out_shard_size_counts_bytes_or_parameters(recipe: Path, tmp_path: Path, llmtailor: Command) -> None:
+    # The largest tensor has 256 elements of 4 bytes: of 2 kB, or of 1,000 parameters of 16 bits, several fit.
+    for number, size in enumerate(("2KB", "1K")):
+        out = tmp_path / f"out{number}"
+        llmtailor("merge", recipe, out, "--weights-only", "--to", "hf", "--out-shard-size", size)
+        shards = sorted(out.glob("model-*.safetensors"))
+        assert len(shards) > 1
+        assert all(sum(t.nbytes for t in load_file(shard).values()) <= 2000 for shard in shards)
+
+
+@pytest.mark.parametrize("size", ["5", "-1GB", "0MB", "5 parsecs", "1e3GB"])
+def test_size_that_is_none_is_refused(recipe: Path, tmp_path: Path, llmtailor: Command, size: str) -> None:
+    finished = llmtailor("merge", recipe, tmp_path / "out", f"--out-shard-size={size}", exit_code=6)
+    assert "5GB" in finished.stderr
+
+
+def test_missing_recipe_is_one_sentence(tmp_path: Path, llmtailor: Command) -> None:
+    finished = llmtailor("merge", tmp_path / "none.yaml", tmp_path / "out", exit_code=6)
+    assert "cannot read the recipe" in finished.stderr
+
+
+def test_all_unusable_sources_are_named_together(run: Path, tmp_path: Path, llmtailor: Command) -> None:
+    (tmp_path / "empty").mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {run / 'checkpoint-5'}\nlayers:\n  norm: {tmp_path / 'gone'}\n  layers.0: {tmp_path / 'empty'}\n"
+    )
+    finished = llmtailor("merge", recipe, tmp_path / "out", exit_code=3)
+    assert "2 faults" in finished.stderr
+    assert str(tmp_path / "gone") in finished.stderr
+    assert str(tmp_path / "empty") in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_method_of_mergekit_needs_mergekit(
+    run: Path, tmp_path: Path, llmtailor: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    recipe = slerp_recipe(run, tmp_path)
+    finished = llmtailor("merge", recipe, tmp_path / "out", exit_code=12)
+    assert "slerp" in finished.stderr
+    assert "pip install mergekit" in finished.stderr
+
+
+def test_installed_mergekit_makes_the_weights(
+    run: Path, tmp_path: Path, llmtailor: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = tmp_path / "exported"
+    llmtailor("export", run / "checkpoint-5", exported, "--weights-only", "--to", "hf")
+    install_mergekit(tmp_path, monkeypatch, f'mkdir "$2" && cp {exported}/* "$2"')
+    llmtailor("merge", slerp_recipe(run, tmp_path), tmp_path / "out")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", exported))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+    assert not [path for path in tmp_path.iterdir() if "mergekit-" in path.name]
+
+
+def test_failing_mergekit_leaves_nothing(
+    run: Path, tmp_path: Path, llmtailor: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_mergekit(tmp_path, monkeypatch, 'mkdir "$2"; echo "no such tensor" >&2; exit 3')
+    finished = llmtailor("merge", slerp_recipe(run, tmp_path), tmp_path / "out", exit_code=10)
+    assert "no such tensor" in finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in ("run", "bin")) == ["slerp.yaml"]
+
+
+def slerp_recipe(run: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "slerp.yaml"
+    sources = "".join(f"  - model: {run / name}\n" for name in ("checkpoint-4", "checkpoint-5"))
+    path.write_text(
+        f"merge_method: slerp\nbase_model: {run / 'checkpoint-4'}\nmodels:\n{sources}"
+        "parameters: {t: 0.5}\ndtype: float32\n"
+    )
+    return path
+
+
+def install_mergekit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """A command of that name, which does what a test says."""
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    command = directory / "mergekit-yaml"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
