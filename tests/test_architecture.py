@@ -40,6 +40,7 @@ LEVELS = {
     "assembly": 4,
     "diff": 4,
     "estimate": 4,
+    "hub": 4,
     "mergekit_process": 4,
     "plan": 4,
     "progress": 4,

@@ -22,6 +22,7 @@ from .errors import InvalidInputError, NotFoundError, TailorError, UnsupportedEr
 from .file_plan import CheckpointPlan, FilePlan, WrittenFile
 from .formats import FORMATS, open_catalog
 from .formats.source_files import list_small_files, read_number
+from .hub import locate_source
 from .layers import LayerMap, map_names
 from .mergekit_process import merged_by_mergekit
 from .plan import (
@@ -144,7 +145,7 @@ def plan_export(source: Path, options: MergeOptions = _DEFAULTS) -> MergePlan:
         TailorError: What is wrong with the source, or cannot be done to it.
     """
     name = str(source)
-    catalog = open_catalog(source, parameter_names=options.parameter_names)
+    catalog = open_catalog(locate_source(name), parameter_names=options.parameter_names)
     return _plan(whole_checkpoint(name, catalog.layers), {name: catalog}, options)
 
 
@@ -153,7 +154,7 @@ def _open_all(names: Sequence[str], options: MergeOptions) -> dict[str, Catalog]
     faults: list[TailorError] = []
     for name in names:
         try:
-            sources[name] = open_catalog(Path(name), parameter_names=options.parameter_names)
+            sources[name] = open_catalog(locate_source(name), parameter_names=options.parameter_names)
         except TailorError as err:
             faults.append(err)
     if faults:
@@ -251,7 +252,7 @@ def _tokenizer_files(resolution: Resolution, options: MergeOptions) -> tuple[Sma
         return ()
     if resolution.tokenizer_from is None:
         return None
-    root = Path(resolution.tokenizer_from)
+    root = locate_source(resolution.tokenizer_from)
     if not root.is_dir():
         raise NotFoundError("there is no directory to take the tokenizer from", kind="missing-tokenizer", path=root)
     return list_small_files(root, is_tokenizer_file)

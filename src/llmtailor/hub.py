@@ -1,0 +1,62 @@
+"""A source as a recipe names it: a directory, or a model of the Hugging Face hub.
+
+``org/model`` stands for what the local cache has of it, as transformers left it there; ``org/model@<commit>`` is also
+downloaded if need be. Only a full commit is: what a branch points to can change between two runs of one recipe.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .errors import NotFoundError, UnsupportedError
+
+__all__ = ["locate_source"]
+
+# Source: huggingface_hub 2.4, utils/_validators.py (REPO_ID_REGEX), narrowed to names with an owner.
+_MODEL = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([0-9a-f]{40}))?")
+# Data alone: no programs, no pickles.
+_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+def locate_source(name: str) -> Path:
+    """The directory that a source is in.
+
+    Args:
+        name: A path, ``org/model`` or ``org/model@<40 hexadecimal digits>``; a directory of that name comes first.
+
+    Raises:
+        NotFoundError: There is no such directory, and the cache or the hub has no such model.
+        UnsupportedError: huggingface_hub is not installed.
+    """
+    path = Path(name)
+    match = _MODEL.fullmatch(name)
+    if path.exists() or match is None:
+        return path
+    repository, commit = match.groups()
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as err:
+        raise UnsupportedError(
+            "there is no such directory, and models of the hub need huggingface_hub",
+            kind="needs-hub",
+            path=name,
+            hint="pip install huggingface_hub, or check the path",
+        ) from err
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=commit, allow_patterns=list(_PATTERNS), local_files_only=commit is None
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as err:
+        where = "the local cache" if commit is None else "the hub"
+        raise NotFoundError(
+            f"there is no such directory, and {where} has no such model",
+            kind="missing-checkpoint",
+            path=name,
+            expected="a directory, a model of the local cache, or org/model@<commit> to download it",
+            found=str(err).splitlines()[0] if str(err) else type(err).__name__,
+            hint="check the path; relative ones start at the current directory",
+        ) from err
