@@ -43,7 +43,8 @@ def test_directory_comes_before_a_model_of_that_name(cache: Path, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["org/model", f"org/model@{COMMIT}"])
 def test_model_is_found_in_the_cache(cache: Path, name: str) -> None:
-    assert locate_source(name).resolve() == put_model(cache, "org/model").resolve()
+    snapshot = put_model(cache, "org/model")
+    assert locate_source(name).resolve() == snapshot.resolve()
 
 
 @pytest.mark.parametrize("name", ["org/gone", f"org/gone@{COMMIT}"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..errors import IncompatibleError, IncompleteError, NotFoundError, UnsupportedError
+from ..errors import IncompatibleError, IncompleteError, UnsupportedError
 from ..layers import Layer, LayerKind
 from .faults import Faults, Place
 from .patterns import summarize_names
@@ -169,16 +169,18 @@ class _Resolving:
                 self._pick(layer, _Pick(model=wish.model, place=wish.place))
 
     def _layer_of(self, wish: WeightSource) -> str | None:
-        try:
-            layer = self.sources[wish.model].layers.layer_of(wish.name)
-        except NotFoundError as err:
-            tied = "its head and embedding are tied: name the embedding" if self.sources[wish.model].tied else None
+        source = self.sources[wish.model]
+        layer = source.by_fqn.get(wish.name)
+        if layer is None:
+            tied = source.tied and "lm_head" in wish.name
             self.faults.add(
                 "unknown-tensor",
                 f"{wish.model} has no tensor {wish.name!r}",
                 place=wish.place,
                 error=IncompatibleError,
-                hint=err.hint if tied is None or "lm_head" not in wish.name else tied,
+                hint="its head and embedding are tied: name the embedding"
+                if tied
+                else self.faults.near(wish.name, source.by_fqn),
             )
             return None
         if layer.stack == self.stack:

@@ -36,6 +36,12 @@ class SourceLayers:
         return {layer.name: layer for layer in self.layers}
 
     @cached_property
+    def by_fqn(self) -> Mapping[str, Layer]:
+        """Tensor -> its layer, under all names of a tied one."""
+        layers = {fqn: layer for layer in self.layers for fqn in layer.fqns}
+        return layers | {name: layers[first] for name, first in self.layers.ties.items() if first in layers}
+
+    @cached_property
     def stacks(self) -> Mapping[str, frozenset[int]]:
         """Stack -> the numbers of its blocks."""
         stacks: dict[str, set[int]] = defaultdict(set)

@@ -59,7 +59,7 @@ class OutputDirectory(StagedCheckpoint):
         self._target = Path(os.path.abspath(target))
         self._unfinished: set[int] = set()
         self._new_parents: list[Path] = []
-        self._claimed: Path | None = None
+        self._place = self._target.parent
         self._lock: int | None = None
         with translate_os_errors("look at the target", target):
             if os.path.lexists(self._target):
@@ -71,8 +71,7 @@ class OutputDirectory(StagedCheckpoint):
             self._check_room(nbytes, num_files)
             with translate_os_errors("start a checkpoint", self._target):
                 self._claim()
-            assert self._claimed is not None
-            super().__init__(self._filesystem, self._claimed / _ATTEMPT_NAME, self._target)
+            super().__init__(self._filesystem, self._place / _ATTEMPT_NAME, self._target)
         except BaseException:
             self._remove_claim()
             raise
@@ -108,10 +107,10 @@ class OutputDirectory(StagedCheckpoint):
     def _claim(self) -> None:
         """Make a directory that nobody else sweeps."""
         while self._lock is None:
-            self._claimed = self._target.with_name(f".{self._target.name}{_MARK}{secrets.token_hex(8)}")
-            self._filesystem.make_directory(self._claimed)
+            self._place = self._target.with_name(f".{self._target.name}{_MARK}{secrets.token_hex(8)}")
+            self._filesystem.make_directory(self._place)
             # Somebody who sweeps may take it for dead before it is locked. Then it is theirs.
-            self._lock = _lock_directory(self._claimed)
+            self._lock = _lock_directory(self._place)
 
     def create(self, name: str, mode: int) -> int:
         """Create a file; the caller writes it, and then hands it back to ``finish``.
@@ -219,25 +218,28 @@ class OutputDirectory(StagedCheckpoint):
 
     def abandon(self) -> None:
         """Give up: close and remove everything. Never raises; what cannot be removed is swept by the next writer."""
-        for descriptor in self._unfinished:
-            with contextlib.suppress(OSError):
-                self._filesystem.close(descriptor)
-        self._unfinished.clear()
-        super().abandon()
-        self._remove_claim()
+        try:
+            for descriptor in self._unfinished:
+                with contextlib.suppress(OSError):
+                    self._filesystem.close(descriptor)
+            self._unfinished.clear()
+            super().abandon()
+        finally:
+            self._remove_claim()
 
     def _remove_claim(self) -> None:
         """Remove what was made beside and above the target. Never raises."""
-        if self._claimed is not None:
-            with contextlib.suppress(OSError):
-                self._filesystem.remove_tree(self._claimed)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-        for parent in reversed(self._new_parents):
-            with contextlib.suppress(OSError):  # not ours alone any more, or never made
-                self._filesystem.remove_empty_directory(parent)
-        self._new_parents.clear()
+        try:
+            if self._place != self._target.parent:
+                with contextlib.suppress(OSError):
+                    self._filesystem.remove_tree(self._place)
+            for parent in reversed(self._new_parents):
+                with contextlib.suppress(OSError):  # not ours alone any more, or never made
+                    self._filesystem.remove_empty_directory(parent)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
 
 def _lock_directory(path: Path) -> int | None:

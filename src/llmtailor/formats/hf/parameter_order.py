@@ -188,7 +188,7 @@ def check_blocks(
             fqn=missing[0],
             expected=f"a {config.model_type} model of {config.num_blocks} blocks, as config.json says",
             found="no " + ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else ""),
-            hint="the checkpoint was not written to its end, or it is a partial one, or config.json is of another model",
+            hint="the checkpoint was not written to its end, or is a partial one, or config.json is of another model",
         )
     if found and max(found) >= config.num_blocks:
         raise FormatError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from ...tensors import ByteRange
 from ..safetensors import plan_layout
 from ..torch_files import plan_torch_file
 from .asking import find_order
-from .config import DTYPE_NAMES, ModelConfig, parse_config, read_dtype, rewrite_config
+from .config import DTYPE_NAMES, ModelConfig, find_ties, parse_config, read_dtype, rewrite_config
 from .json_files import read_text
 from .optimizer import plan_optimizer
 from .parameter_order import check_blocks
@@ -24,6 +25,7 @@ from .small_names import is_carried, is_tokenizer, is_trainer_state
 __all__ = ["DEFAULT_SHARD_NBYTES", "plan_hf"]
 
 DEFAULT_SHARD_NBYTES = 5_000_000_000
+_RANK_FILE = re.compile(r"rng_state_\d+\.pth")
 _OPTIMIZER, _SCHEDULER, _CONFIG = "optimizer.pt", "scheduler.pt", "config.json"
 
 
@@ -53,7 +55,8 @@ def plan_hf(
 
     Raises:
         InvalidInputError: No such element type, or shards of no size.
-        IncompatibleError: Several optimizers, or groups that cannot be made the Trainer's.
+        IncompatibleError: Several optimizers, or groups that cannot be made the Trainer's, or nobody knows in which
+            order the Trainer has this model's parameters.
         UnsupportedError: The number of blocks changed in a model whose blocks are of several kinds.
         IncompleteError: A model of a known family would lack a part of its blocks.
         FormatError: ``config.json`` or ``scheduler.pt`` is not what it claims to be.
@@ -68,13 +71,11 @@ def plan_hf(
     small = [file for file in catalog.files if _is_wanted(file.name, weights_only, copy_tokenizer)]
     config = _read_config(small)
     num_blocks = _count_blocks(catalog)
-    if config is not None and config.num_blocks is not None and num_blocks is not None:
-        config_now = replace(config, num_blocks=num_blocks)
-        check_blocks(config_now, {*weights, *catalog.ties}, catalog.path)
-    if not weights_only and target is None and catalog.masters:
+    _check_whole(config, num_blocks, weights, catalog)
+    if not weights_only and target is None and notes:
         # Said in config.json as well, by which many programs build the model.
         target = _dtype_of(weights)
-        notes.append("the Trainer in one process trains fp32 weights (under autocast with bf16=True)")
+        notes.append("the Trainer in one process trains fp32 weights (with bf16=True under autocast), so build them so")
     files = [*_plan_small(small, config, num_blocks, target), *_plan_weights(weights, catalog, shard_nbytes)]
     if catalog.has_optimizer and not weights_only:
         planned = _plan_training(catalog, config, small)
@@ -107,6 +108,16 @@ def _count_blocks(catalog: Catalog) -> int | None:
     """Blocks of the model's one stack; None where there are several, and no one number says it."""
     stacks = {layer.stack for layer in catalog.layers.blocks}
     return len(catalog.layers.blocks) if len(stacks) == 1 else None
+
+
+def _check_whole(
+    config: ModelConfig | None, num_blocks: int | None, weights: Mapping[str, TensorRef], catalog: Catalog
+) -> None:
+    """Stock readers only warn of a missing tensor, and start a new one in its place."""
+    if config is None or config.num_blocks is None or num_blocks is None:
+        return
+    ties = catalog.ties or find_ties(config, weights, is_tied_by_default=None)
+    check_blocks(replace(config, num_blocks=num_blocks), {*weights, *ties}, catalog.path)
 
 
 def _read_config(small: Sequence[SmallFile]) -> ModelConfig | None:
@@ -185,7 +196,7 @@ def _plan_training(catalog: Catalog, config: ModelConfig | None, small: Sequence
     if regrouping is None:
         regrouping = _as_they_are(groups)
         notes.append(
-            "the optimizer's groups stay as they are, as it cannot be known which the Trainer makes of this model; it "
+            "the optimizer's groups stay as they are, as it cannot be known which the Trainer makes of this model: it "
             "resumes only if it makes the same"
         )
     if regrouping.is_changed:
@@ -207,6 +218,11 @@ def _plan_training(catalog: Catalog, config: ModelConfig | None, small: Sequence
         )
     else:
         notes.append("there is no scheduler.pt: the Trainer will not load the optimizer's state either")
+    num_ranks = sum(_RANK_FILE.fullmatch(file.name) is not None for file in small)
+    if num_ranks and catalog.format != "hf":
+        notes.append(
+            f"the states of the random generators are those of {num_ranks} processes, and only as many read them"
+        )
     if not any(file.name == "trainer_state.json" for file in small):
         notes.append("there is no trainer_state.json: the Trainer will count its steps from 0")
     return _TrainingFiles(files=tuple(files), notes=tuple(notes))
@@ -240,9 +256,20 @@ def _regroup(catalog: Catalog, groups: Sequence[GroupRef], config: ModelConfig |
     try:
         order = find_order(config, shapes)
     except (IncompatibleError, UnsupportedError) as err:
-        if err.kind in ("unknown-order", "converted-weights"):
+        if err.kind not in ("unknown-order", "converted-weights"):
+            raise
+        if catalog.format == "tailored":
+            # A manifest has the optimizer's own order; whoever made that optimizer can make it again.
             return None
-        raise
+        raise IncompatibleError(
+            "it cannot be known at which position the Trainer has which parameter",
+            kind=err.kind,
+            path=catalog.path,
+            fqn=err.fqn,
+            expected=err.expected,
+            found=err.found,
+            hint="copy the model's config.json beside the source, or write the weights alone (--weights-only)",
+        ) from err
     return fit_groups(groups, order, catalog.path)
 
 
