@@ -21,6 +21,8 @@ from .catalog import Catalog, SmallFile
 from .errors import InvalidInputError, NotFoundError, TailorError, UnsupportedError
 from .file_plan import CheckpointPlan, FilePlan, WrittenFile
 from .formats import FORMATS, open_catalog
+from .formats.hf.config import parse_config
+from .formats.hf.json_files import read_text
 from .formats.source_files import list_small_files, read_number
 from .hub import locate_source
 from .layers import LayerMap, map_names
@@ -81,6 +83,7 @@ class MergeOptions:
     """Names of the parameters in the order of an ``optimizer.pt`` that cannot be told otherwise."""
 
 
+_CONFIG_NAME = "config.json"
 _DEFAULTS = MergeOptions()
 
 
@@ -130,12 +133,21 @@ def plan_merge(recipe: Recipe, options: MergeOptions = _DEFAULTS) -> MergePlan:
     Raises:
         TailorError: What is wrong with the recipe, a source, or their fit. Faults of several sources come together.
     """
-    sources = _open_all(sources_of(recipe), options)
+    weights_only = options.weights_only if options.weights_only is not None else recipe.output.weights_only
+    sources = _open_all(sources_of(recipe), options, with_optimizer=not weights_only)
     return _plan(resolve(recipe, {name: _as_recipe_sees_it(each) for name, each in sources.items()}), sources, options)
 
 
 def _as_recipe_sees_it(source: Catalog) -> SourceLayers:
-    return SourceLayers(layers=source.layers, step=source.step, layer_steps=source.layer_steps)
+    config = next((file for file in source.files if file.name == _CONFIG_NAME), None)
+    said = None if config is None else parse_config(read_text(config.path), config.path)
+    return SourceLayers(
+        layers=source.layers,
+        num_blocks=None if said is None else said.num_blocks,
+        is_tied=None if said is None else said.is_tied,
+        step=source.step,
+        layer_steps=source.layer_steps,
+    )
 
 
 def plan_export(source: Path, options: MergeOptions = _DEFAULTS) -> MergePlan:
@@ -145,16 +157,23 @@ def plan_export(source: Path, options: MergeOptions = _DEFAULTS) -> MergePlan:
         TailorError: What is wrong with the source, or cannot be done to it.
     """
     name = str(source)
-    catalog = open_catalog(locate_source(name), parameter_names=options.parameter_names)
+    catalog = open_catalog(
+        locate_source(name), parameter_names=options.parameter_names, with_optimizer=not options.weights_only
+    )
     return _plan(whole_checkpoint(name, catalog.layers), {name: catalog}, options)
 
 
-def _open_all(names: Sequence[str], options: MergeOptions) -> dict[str, Catalog]:
+def _open_all(names: Sequence[str], options: MergeOptions, *, with_optimizer: bool) -> dict[str, Catalog]:
     sources: dict[str, Catalog] = {}
     faults: list[TailorError] = []
     for name in names:
         try:
-            sources[name] = open_catalog(locate_source(name), parameter_names=options.parameter_names)
+            sources[name] = open_catalog(
+                locate_source(name),
+                parameter_names=options.parameter_names,
+                with_optimizer=with_optimizer,
+                allow_partial=True,
+            )
         except TailorError as err:
             faults.append(err)
     if faults:
@@ -280,6 +299,7 @@ def _plan_target(
                 weights_only=weights_only,
                 shard_nbytes=options.shard_nbytes or resolution.output.shard_nbytes or DEFAULT_SHARD_NBYTES,
                 dtype=dtype,
+                copy_tokenizer=options.copy_tokenizer,
             )
         case "deepspeed":
             from .formats.deepspeed import plan_deepspeed

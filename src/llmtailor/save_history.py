@@ -74,7 +74,7 @@ def recipe_of_flags(run: Path, log: Path, step: int | None, *, default: Path | N
             found=", ".join(entry.path.name for entry in entries.values()),
         )
     first = next(iter(entries.values())).path if default is None else default
-    whole = open_catalog(first).layers
+    whole = _open_part(first).layers
     saved = [
         SavedLayers(
             path=str(entries[save.step].path),
@@ -145,8 +145,8 @@ def _read_partial(
 ) -> tuple[tuple[SavedLayers, ...], tuple[str, ...]]:
     """Of other tools' checkpoints: those layers of which every tensor is there."""
     # An empty directory is what is left of a save that chose no layer.
-    opened = [_Opened(entry, open_catalog(entry.path)) for entry in entries if any(entry.path.iterdir())]
-    catalogs = [each.catalog for each in opened] + ([] if default is None else [open_catalog(default)])
+    opened = [_Opened(entry, _open_part(entry.path)) for entry in entries if any(entry.path.iterdir())]
+    catalogs = [each.catalog for each in opened] + ([] if default is None else [_open_part(default)])
     layers = _cut_together(catalogs)
     saved = tuple(
         SavedLayers(
@@ -157,6 +157,11 @@ def _read_partial(
         for each in opened
     )
     return saved, layers.names
+
+
+def _open_part(path: Path) -> Catalog:
+    """Layers are what a recipe is made of; the optimizer is looked at when it is carried out."""
+    return open_catalog(path, with_optimizer=False, allow_partial=True)
 
 
 def _cut_together(catalogs: Sequence[Catalog]) -> LayerMap:

@@ -84,10 +84,9 @@ class CrcSums:
         """Sum what a chunk holds of each range. Changes nothing, so any thread may do it at any time."""
         end = start + data.nbytes
         pieces = []
-        for index in range(max(bisect.bisect_right(self._starts, start) - 1, 0), len(self._patches)):
+        first = max(bisect.bisect_right(self._starts, start) - 1, 0)
+        for index in range(first, bisect.bisect_left(self._starts, end)):
             byte_range = self._patches[index].byte_range
-            if byte_range.start >= end:
-                break
             low, high = max(byte_range.start, start), min(byte_range.end, end)
             if low < high:
                 crc = zlib.crc32(data[low - start : high - start])

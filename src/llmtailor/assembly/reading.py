@@ -43,12 +43,13 @@ class Reader:
         self._max_nbytes = max_nbytes
         self._bounce = aligned_buffer(max_nbytes + 2 * ALIGNMENT)
 
-    def fetch(self, copies: Sequence[Copy], target: memoryview, *, is_aligned: bool = False) -> None:
+    def fetch(self, copies: Sequence[Copy], target: memoryview, start: int = 0, *, is_aligned: bool = False) -> None:
         """Fill in copies, each at its place.
 
         Args:
             copies: None longer than ``max_nbytes``.
-            target: Where ``at`` counts from.
+            target: Where they go.
+            start: The ``at`` that is its first byte.
             is_aligned: Whether it starts at a page.
 
         Raises:
@@ -59,10 +60,11 @@ class Reader:
             with self._sources.using(read.path) as source:
                 if len(read.copies) == 1:
                     copy = read.copies[0]
-                    view = target[copy.at : copy.at + copy.nbytes]
-                    self._fetch_one(source, copy, view, is_aligned=is_aligned and not copy.at % ALIGNMENT)
+                    at = copy.at - start
+                    view = target[at : at + copy.nbytes]
+                    self._fetch_one(source, copy, view, is_aligned=is_aligned and not at % ALIGNMENT)
                 else:
-                    self._fetch_many(source, read, target)
+                    self._fetch_many(source, read, target, start)
 
     def _fetch_one(self, source: OpenSource, copy: Copy, view: memoryview, *, is_aligned: bool) -> None:
         done = _read_cached(source, copy.offset, view)
@@ -77,13 +79,13 @@ class Reader:
         if done < copy.nbytes:
             view[done:] = self._load(source, offset, copy.nbytes - done)
 
-    def _fetch_many(self, source: OpenSource, read: Read, target: memoryview) -> None:
+    def _fetch_many(self, source: OpenSource, read: Read, target: memoryview, start: int) -> None:
         view = self._bounce[: read.nbytes]
         if _read_cached(source, read.offset, view) < read.nbytes:
             view = self._load(source, read.offset, read.nbytes)
         for copy in read.copies:
-            start = copy.offset - read.offset
-            target[copy.at : copy.at + copy.nbytes] = view[start : start + copy.nbytes]
+            at, offset = copy.at - start, copy.offset - read.offset
+            target[at : at + copy.nbytes] = view[offset : offset + copy.nbytes]
 
     def _load(self, source: OpenSource, offset: int, nbytes: int) -> memoryview:
         """Bytes of a file, in the bounce buffer."""

@@ -35,12 +35,13 @@ __all__ = [
 _MAX_GAP_NBYTES = 64 * 2**10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Nobody changes a segment. They are not frozen because there may be a million, and freezing makes each cost thrice.
+@dataclass(slots=True, kw_only=True)
 class Literal:
     """Bytes that are known."""
 
     at: int
-    """First byte, in the file or the chunk."""
+    """First byte, in the new file."""
     data: bytes | memoryview
 
     @property
@@ -48,7 +49,7 @@ class Literal:
         return len(self.data)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Padding:
     """Zeros."""
 
@@ -56,7 +57,7 @@ class Padding:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Copy:
     """Bytes of an existing file."""
 
@@ -67,7 +68,7 @@ class Copy:
     """First byte in that file."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Computed:
     """Bytes of a tensor that is in no file as it is."""
 
@@ -89,7 +90,7 @@ class Chunk:
     """First byte in the file."""
     nbytes: int
     segments: tuple[Segment, ...]
-    """End to end, from 0."""
+    """End to end, from ``start``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +116,8 @@ def segments_of(parts: Iterable[Part]) -> Iterator[Segment]:
                 and segment.offset == pending.offset + pending.nbytes
                 and segment.path == pending.path
             ):
-                pending = replace(pending, nbytes=pending.nbytes + segment.nbytes)
+                nbytes = pending.nbytes + segment.nbytes
+                pending = Copy(at=pending.at, nbytes=nbytes, path=pending.path, offset=pending.offset)
                 continue
             yield pending
             pending = None
@@ -181,38 +183,39 @@ def cut_chunks(segments: Iterable[Segment], nbytes: int, chunk_nbytes: int) -> I
         nbytes: Of the file; an empty one is one empty chunk.
         chunk_nbytes: Of every chunk but the last.
     """
-    start, filled = 0, 0
+    start, at = 0, 0
     held: list[Segment] = []
     for segment in segments:
-        rest: Segment | None = segment
-        while rest is not None:
-            head, rest = _cut(rest, filled, chunk_nbytes - filled)
-            held.append(head)
-            filled += head.nbytes
-            if filled == chunk_nbytes and start + filled < nbytes:
-                yield Chunk(start=start, nbytes=filled, segments=tuple(held))
-                start, filled, held = start + filled, 0, []
-    assert start + filled == nbytes, (start, filled, nbytes)
-    yield Chunk(start=start, nbytes=filled, segments=tuple(held))
+        rest = segment
+        while (room := start + chunk_nbytes - at) < rest.nbytes:
+            head, rest = _cut(rest, room)
+            yield Chunk(start=start, nbytes=chunk_nbytes, segments=(*held, head))
+            start, at, held = rest.at, rest.at, []
+        if rest.at + rest.nbytes == start + chunk_nbytes < nbytes:
+            yield Chunk(start=start, nbytes=chunk_nbytes, segments=(*held, rest))
+            start, held = start + chunk_nbytes, []
+        else:
+            held.append(rest)
+        at = rest.at + rest.nbytes
+    assert at == nbytes, (at, nbytes)
+    yield Chunk(start=start, nbytes=nbytes - start, segments=tuple(held))
 
 
-def _cut(segment: Segment, at: int, nbytes: int) -> tuple[Segment, Segment | None]:
-    """The first bytes of a segment, moved to ``at``, and what is left of it."""
-    if segment.nbytes <= nbytes:
-        return replace(segment, at=at), None
-    at_rest, nbytes_of_rest = segment.at + nbytes, segment.nbytes - nbytes
+def _cut(segment: Segment, nbytes: int) -> tuple[Segment, Segment]:
+    """The first bytes of a segment, and what is left of it."""
+    at, middle, rest = segment.at, segment.at + nbytes, segment.nbytes - nbytes
     match segment:
         case Literal():
             data = memoryview(segment.data)
-            return Literal(at=at, data=data[:nbytes]), Literal(at=at_rest, data=data[nbytes:])
+            return Literal(at=at, data=data[:nbytes]), Literal(at=middle, data=data[nbytes:])
         case Padding():
-            return Padding(at=at, nbytes=nbytes), Padding(at=at_rest, nbytes=nbytes_of_rest)
+            return Padding(at=at, nbytes=nbytes), Padding(at=middle, nbytes=rest)
         case Copy():
-            rest = replace(segment, at=at_rest, nbytes=nbytes_of_rest, offset=segment.offset + nbytes)
-            return replace(segment, at=at, nbytes=nbytes), rest
+            tail = replace(segment, at=middle, nbytes=rest, offset=segment.offset + nbytes)
+            return replace(segment, nbytes=nbytes), tail
         case Computed():
-            later = replace(segment, at=at_rest, nbytes=nbytes_of_rest, first=segment.first + nbytes)
-            return replace(segment, at=at, nbytes=nbytes), later
+            later = replace(segment, at=middle, nbytes=rest, first=segment.first + nbytes)
+            return replace(segment, nbytes=nbytes), later
 
 
 def plan_reads(copies: Sequence[Copy], max_nbytes: int) -> list[Read]:

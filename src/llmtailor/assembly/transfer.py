@@ -122,8 +122,9 @@ class Transfer:
             WriteError: A source cannot be read, or a file cannot be written.
         """
         self._written, self._on_bytes = [], on_bytes
-        chunks = self._chunks(plans)
-        num_chunks = sum(-(-max(plan.nbytes, 1) // self._chunk_nbytes) for plan in plans)
+        sizes = [plan.nbytes for plan in plans]
+        chunks = self._chunks(plans, sizes)
+        num_chunks = sum(-(-max(nbytes, 1) // self._chunk_nbytes) for nbytes in sizes)
         num_threads = min(self._num_threads, num_chunks)
         if num_threads <= 1:
             self._work(chunks)
@@ -180,9 +181,8 @@ class Transfer:
             self._stop()
             raise
 
-    def _chunks(self, plans: Sequence[FilePlan]) -> Iterator[tuple[NewFile, Chunk]]:
-        for plan in plans:
-            nbytes = plan.nbytes
+    def _chunks(self, plans: Sequence[FilePlan], sizes: Sequence[int]) -> Iterator[tuple[NewFile, Chunk]]:
+        for plan, nbytes in zip(plans, sizes, strict=True):
             file, parts = self._begin(plan, nbytes)
             for chunk in cut_chunks(segments_of(parts), nbytes, self._chunk_nbytes):
                 yield file, chunk
@@ -234,9 +234,12 @@ class Transfer:
 
     def _fill(self, chunk: Chunk, buffer: memoryview, reader: Reader) -> None:
         copies = [segment for segment in chunk.segments if isinstance(segment, Copy)]
-        reader.fetch(copies, buffer, is_aligned=True)
+        reader.fetch(copies, buffer, chunk.start, is_aligned=True)
         for segment in chunk.segments:
-            target = buffer[segment.at : segment.at + segment.nbytes]
+            if isinstance(segment, Copy):
+                continue
+            at = segment.at - chunk.start
+            target = buffer[at : at + segment.nbytes]
             match segment:
                 case Literal():
                     target[:] = segment.data
@@ -244,8 +247,6 @@ class Transfer:
                     target[:] = memoryview(self._zeros)[: segment.nbytes]
                 case Computed():
                     compute(segment, target, reader.fetch, block_numel=self._chunk_nbytes // _COMPUTED_SHARE)
-                case Copy():
-                    pass
 
     def _account(self, file: NewFile, chunk: Chunk, data: memoryview) -> None:
         """Take a chunk into the file's digest or CRCs, after all chunks before it."""

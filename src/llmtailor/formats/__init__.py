@@ -65,12 +65,20 @@ def detect_format(path: Path) -> str:
     )
 
 
-def open_catalog(path: Path, *, parameter_names: Sequence[str] | None = None) -> Catalog:
+def open_catalog(
+    path: Path,
+    *,
+    parameter_names: Sequence[str] | None = None,
+    with_optimizer: bool = True,
+    allow_partial: bool = False,
+) -> Catalog:
     """Open a checkpoint of any format; reads names and places, no tensor.
 
     Args:
         path: The directory.
         parameter_names: Of ``optimizer.pt``, which has positions only, where they cannot be recovered.
+        with_optimizer: Whether ``optimizer.pt`` has to be understood.
+        allow_partial: Let whole layers be missing, as in a save of some of them.
 
     Raises:
         NotFoundError: There is none.
@@ -94,4 +102,9 @@ def open_catalog(path: Path, *, parameter_names: Sequence[str] | None = None) ->
         case _:
             from .hf import open_hf
 
-            return open_hf(path, parameter_names=parameter_names)
+            return open_hf(
+                path,
+                parameter_names=parameter_names,
+                with_optimizer=with_optimizer,
+                allow_partial=allow_partial,
+            )

@@ -61,12 +61,16 @@ def _target_names(recipe: NamedRecipe, sources: Mapping[str, SourceLayers]) -> t
 def _find_taken(recipe: NamedRecipe, names: LayerNames, faults: Faults) -> list[tuple[str, ...]]:
     """For each entry the layers that it names."""
     taken: list[tuple[str, ...]] = []
+    there = summarize_names(names.names)
     for choice in recipe.choices:
         own: dict[str, None] = {}
         for pattern in choice.patterns:
             found = names.match(pattern)
             own.update(dict.fromkeys(found))
-            _check_pattern(pattern, found, names.names, choice, faults)
+            if not found:
+                _refuse_pattern(pattern, names.names, there, choice, faults)
+            else:
+                _check_range(pattern, found, choice, faults)
         taken.append(tuple(own))
     return taken
 
@@ -80,22 +84,22 @@ def _find_takers(choices: Sequence[LayerChoice], taken: Sequence[Sequence[str]])
     return takers
 
 
-def _check_pattern(
-    pattern: str, found: Sequence[str], names: Sequence[str], choice: LayerChoice, faults: Faults
-) -> None:
+def _refuse_pattern(pattern: str, names: Sequence[str], there: str, choice: LayerChoice, faults: Faults) -> None:
     wanted = find_range(pattern)
-    if not found:
-        prefix = pattern if wanted is None else f"{wanted.prefix}{wanted.first}"
-        faults.add(
-            "unknown-layer",
-            f"there is no layer {pattern!r}",
-            place=choice.place,
-            error=IncompatibleError,
-            layer=pattern,
-            expected=summarize_names(names),
-            hint=faults.near(prefix, names),
-        )
-    elif wanted is not None and len(found) != wanted.last - wanted.first + 1:
+    faults.add(
+        "unknown-layer",
+        f"there is no layer {pattern!r}",
+        place=choice.place,
+        error=IncompatibleError,
+        layer=pattern,
+        expected=there,
+        hint=faults.near(pattern if wanted is None else f"{wanted.prefix}{wanted.first}", names),
+    )
+
+
+def _check_range(pattern: str, found: Sequence[str], choice: LayerChoice, faults: Faults) -> None:
+    wanted = find_range(pattern)
+    if wanted is not None and len(found) != wanted.last - wanted.first + 1:
         faults.add(
             "unknown-layer",
             f"not all layers of {pattern} are there",

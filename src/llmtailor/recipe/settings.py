@@ -18,6 +18,8 @@ WEIGHT_FORM = "a number, a list of numbers, or a list of {filter: TEXT, value: N
 _SETTING_FORM = "a value, a list of values, or a list of {filter: TEXT, value: VALUE}"
 _PARAMETERS_FORM = "parameters: {NAME: VALUE}"
 _RULE_KEYS = ("value", "filter")
+# Every rule may be asked for every tensor of every layer.
+_MAX_RULES = 100
 
 
 def check_parameters(item: Item, reader: Reader) -> Mapping[str, Item]:
@@ -52,6 +54,9 @@ def parse_rules(item: Item, reader: Reader) -> tuple[WeightRule, ...]:
     """A source's ``weight``: one number, a gradient, or rules with filters."""
     entries = item.value if isinstance(item.value, tuple) else (item,)
     if any(isinstance(each.value, Mapping) for each in entries):
+        if len(entries) > _MAX_RULES:
+            reader.refuse(item, "size", "too many filters", expected=f"at most {_MAX_RULES}")
+            return ()
         return tuple(_parse_rule(each, reader) for each in entries)
     return (WeightRule(values=_parse_values(item, reader), filter=None),)
 

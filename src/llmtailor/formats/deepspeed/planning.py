@@ -81,9 +81,13 @@ def _notes(catalog: Catalog, target: Target, kept: list[SmallFile]) -> Iterator[
     with_rng = {int(found[1]) for file in kept if (found := _RNG_OF_RANK.fullmatch(file.name))}
     without = [rank for rank in range(target.ranks) if rank not in with_rng]
     if with_rng and without:
-        yield f"ranks {', '.join(map(str, without))} have no random state, and start with their seed"
+        one = len(without) == 1
+        yield (
+            f"{'rank' if one else 'ranks'} {', '.join(map(str, without))} {'has' if one else 'have'} no random state, "
+            f"and {'starts' if one else 'start'} with {'its' if one else 'their'} seed"
+        )
     if donor is not None and donor.ranks != target.ranks:
-        yield f"partitioned for {target.ranks} ranks instead of {donor.ranks}"
+        yield f"cut for {target.ranks} {'rank' if target.ranks == 1 else 'ranks'} instead of {donor.ranks}"
     if donor is not None and donor.stage != target.stage:
         yield f"written for ZeRO stage {target.stage} instead of {donor.stage}"
     made = sum(fqn not in catalog.masters for group in target.groups for fqn in group.parameters)

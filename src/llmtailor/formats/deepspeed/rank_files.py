@@ -187,7 +187,9 @@ def plan_model_file(rank: int, target: Target, catalog: Catalog) -> FilePlan:
     ]
     content["module"] = _module(old.get("module"), target, catalog)
     content["param_shapes"] = shapes
-    content["shared_params"] = {target.raw(name): target.raw(first) for name, first in catalog.ties.items()}
+    # DeepSpeed looks for shared parameters on rank 0 alone.
+    ties = catalog.ties if rank == 0 else {}
+    content["shared_params"] = {target.raw(name): target.raw(first) for name, first in ties.items()}
     content["dp_world_size"] = target.ranks
     content["ds_config"] = _config(target)
     if target.template is None or content.get("frozen_param_shapes") is not None:

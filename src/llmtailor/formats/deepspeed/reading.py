@@ -364,7 +364,10 @@ def _read_flats(source: _Source, names: _Names) -> list[Flat]:
         type(padding) is int and 0 <= padding < 64 for each in paddings for padding in each
     ):
         raise refuse("the alignment is malformed", path, expected="a small number for each parameter", found=paddings)
-    groups = _groups_of_flats(source, len(names.shapes))
+    groups = _groups_of_flats(source, len(names.shapes), 0)
+    for rank in range(1, source.ranks):
+        if (found := _groups_of_flats(source, len(names.shapes), rank)) != groups:
+            raise refuse("the groups of the ranks differ", source.optim_paths[rank], expected=groups, found=found)
     return [
         Flat(
             parameters=tuple((fqn, math.prod(shape)) for fqn, shape in held.items()),
@@ -375,9 +378,9 @@ def _read_flats(source: _Source, names: _Names) -> list[Flat]:
     ]
 
 
-def _groups_of_flats(source: _Source, count: int) -> list[int]:
+def _groups_of_flats(source: _Source, count: int, rank: int) -> list[int]:
     """The group of each flat tensor: the optimizer's parameters are the flat tensors, group by group."""
-    base, path = source.base(0), source.optim_paths[0]
+    base, path = source.base(rank), source.optim_paths[rank]
     if isinstance(base, list):
         return list(range(count))
     found = []

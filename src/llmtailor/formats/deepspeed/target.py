@@ -73,6 +73,7 @@ def decide_target(catalog: Catalog, *, ranks: int | None, stage: int | None, dty
         )
     template = donor if donor is not None and donor.stage == stage else None
     groups = _check_groups(catalog)
+    _require_options(catalog, groups, template)
     weights = _cast_weights(catalog, donor, dtype)
     trained = {fqn for group in groups for fqn in group.parameters}
     flats = tuple(_flats(groups, weights, donor, template, ranks=ranks, stage=stage))
@@ -130,6 +131,21 @@ def _check_groups(catalog: Catalog) -> tuple[GroupRef, ...]:
             found=f"none of {', '.join(missing[:8])}",
         )
     return groups
+
+
+def _require_options(catalog: Catalog, groups: Sequence[GroupRef], template: Native | None) -> None:
+    is_elastic = template is not None and isinstance(
+        template.optim[0]["optimizer_state_dict"].get("base_optimizer_state"), list
+    )
+    if not is_elastic and not all(group.options for group in groups):
+        raise UnsupportedError(
+            "the source does not say the options of its parameter groups",
+            kind="no-options",
+            path=catalog.path,
+            expected="learning rate, betas and so on of each group",
+            found="none, as in DeepSpeed's elastic checkpoints",
+            hint="write it for the same stage, or save without elastic_checkpoint",
+        )
 
 
 def bring_to(tensor: TensorRef, dtype: str, *, fqn: str, path: object) -> TensorRef:
