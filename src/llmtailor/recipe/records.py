@@ -18,7 +18,6 @@ __all__ = [
     "SliceSource",
     "WeightRule",
     "WeightSource",
-    "layer_sources_of",
     "sources_of",
 ]
 
@@ -144,24 +143,15 @@ class NamedRecipe:
     state_from: str | None = None
     output: Output = field(default_factory=Output)
 
-    @property
-    def needs_mergekit(self) -> None:
-        """As of the other dialect: nothing in this one does."""
-        return
-
 
 Recipe: TypeAlias = MergekitRecipe | NamedRecipe
 
 
 def sources_of(recipe: Recipe) -> tuple[str, ...]:
-    """The checkpoints that a recipe needs, as written, in order, each once; last one that only gives its tokenizer."""
-    named = layer_sources_of(recipe)
-    tokenizer = recipe.tokenizer if isinstance(recipe, MergekitRecipe) and recipe.tokenizer != "base" else None
-    return named if tokenizer is None or tokenizer in named else (*named, tokenizer)
+    """The checkpoints that a recipe needs, as written, in order, each once.
 
-
-def layer_sources_of(recipe: Recipe) -> tuple[str, ...]:
-    """Those of them that give layers or state."""
+    A path of ``tokenizer_source`` is not among them: only its tokenizer files are copied.
+    """
     if isinstance(recipe, NamedRecipe):
         named = [recipe.base, *(path for choice in recipe.choices for path in choice.sources), recipe.state_from]
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .faults import Faults
-from .records import MergekitRecipe, Recipe, layer_sources_of
+from .records import MergekitRecipe, Recipe, sources_of
 from .resolution import Resolution
 from .resolve_mergekit import resolve_mergekit
 from .resolve_named import resolve_named
@@ -30,7 +30,7 @@ def resolve(recipe: Recipe, sources: Mapping[str, SourceLayers]) -> Resolution:
             Several faults are one error of kind ``recipe-faults``; see ``Faults.raise_any``.
     """
     faults = Faults("the recipe does not fit its checkpoints", recipe.path)
-    needed = {path: sources[path] for path in layer_sources_of(recipe)}
+    needed = {path: sources[path] for path in sources_of(recipe)}
     if isinstance(recipe, MergekitRecipe):
         return resolve_mergekit(recipe, needed, faults)
     return resolve_named(recipe, needed, faults)

@@ -9,6 +9,7 @@ Source: torch 2.13, distributed/checkpoint/state_dict.py (_get_optim_state_dict,
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +72,13 @@ def read_tree(tree: Tree, path: Path) -> Optimizer:
 
 
 def _checked(groups: tuple[GroupRef, ...], states: Mapping[Any, Tree], path: Path) -> Optimizer:
-    names = [name for group in groups for name in group.parameters]
-    if len({*names}) != len(names):
+    names = Counter(name for group in groups for name in group.parameters)
+    if any(count > 1 for count in names.values()):
         raise _refuse(path, "each parameter in one group, once")
     for name, state in states.items():
         if not isinstance(state, dict):
             raise _refuse(path, "state: a dict for each parameter", str(name)[:200])
-        if name not in {*names}:
+        if name not in names:
             raise IncompleteError(
                 "there is state of a parameter that is in no group",
                 kind="dcp-groups",

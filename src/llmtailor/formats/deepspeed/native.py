@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..torch_files import Tree
 
@@ -32,8 +33,10 @@ class Native:
     """1, 2 or 3."""
     optim: tuple[Mapping[str, Tree], ...]
     """Content of each rank's file of optimizer states."""
-    model: tuple[Mapping[str, Tree], ...]
-    """Content of each file of model states: one at stages 1 and 2, one for each rank at stage 3."""
+    model: Mapping[str, Tree]
+    """Content of the file of model states of rank 0."""
+    model_paths: tuple[Path, ...]
+    """The files of model states: one at stages 1 and 2, one for each rank at stage 3."""
     flats: tuple[Flat, ...]
     raw_names: Mapping[str, str]
     """Canonical name -> name in the files, where they differ."""

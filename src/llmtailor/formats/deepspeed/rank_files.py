@@ -19,6 +19,7 @@ from .flat_contents import FlatContent
 from .flat_files import FlatFile
 from .partitions import FlatLayout, cut_each, keep_whole
 from .places import model_name, optim_name
+from .rank_trees import open_model_states
 from .target import Target, bring_to
 
 __all__ = ["plan_model_file", "plan_optim_file"]
@@ -173,13 +174,15 @@ def plan_model_file(rank: int, target: Target, catalog: Catalog) -> FilePlan:
     """A file of model states: the only one at stages 1 and 2, a rank's at stage 3.
 
     Raises:
+        FormatError: That rank's file of the template is damaged.
         UnsupportedError: The template holds objects that nobody vouches for.
     """
     file = FlatFile()
     donor = target.donor
     old: Mapping[str, Tree] = {}
     if donor is not None:
-        old = donor.model[rank if rank < len(donor.model) else 0]
+        has_own = 0 < rank < len(donor.model_paths)
+        old = open_model_states(donor.model_paths[rank], donor.model) if has_own else donor.model
     content: dict[str, Tree] = dict(old) if old else _new_model_states(catalog)
     shapes = [
         OrderedDict((target.raw(fqn), Size(target.weights[fqn].meta.shape)) for fqn, _ in flat.parameters)

@@ -13,20 +13,18 @@ from ...errors import UnsupportedError
 from ...layers import canonical_name
 from ...tensor_refs import FileTensor, TensorRef
 from ..source_files import list_small_files
-from ..torch_files import Instance, TorchTensor, Tree, open_torch_file, read_option, read_state
-from .fields import refuse, require, require_list_of, require_shape, require_tensors
+from ..torch_files import TorchTensor, Tree, read_option, read_state
+from .fields import refuse, require, require_list_of, require_shape
 from .flat_states import gather, gather_states
 from .module_weights import gather_frozen, module_shapes, partitioned_weights, whole_weights
 from .native import Flat, Native
 from .partitions import FlatLayout, cut_each, cut_evenly, undeal
-from .places import LATEST_NAME, RankFiles, find_place, find_rank_files
+from .places import LATEST_NAME, find_place, find_rank_files
+from .rank_trees import RankTrees, open_model_states, open_trees
 from .weights_beside import check_same_tensors, is_weights_file, read_weights
 
 __all__ = ["open_deepspeed"]
 
-# Settings under which a rank's partition is not what it is without them.
-# Source: DeepSpeed 0.19.8, runtime/zero/config.py (zero_hpz_partition_size, mics_shard_size).
-_PARTITION_SETTINGS = {"zero_hpz_partition_size": 1, "mics_shard_size": -1}
 # Of a parameter group: what no option is.
 _GROUP_PARAMS, _GROUP_STEP = "params", "step"
 
@@ -51,7 +49,7 @@ def open_deepspeed(path: Path) -> Catalog:
     """
     place = find_place(path)
     files = find_rank_files(place.tag_dir)
-    source = _open_trees(files, place.tag_dir)
+    source = open_trees(files, place.tag_dir)
     names = _read_names(source)
     flats = _read_flats(source, names)
     layouts = [_lay_out(flat, source) for flat in flats]
@@ -68,7 +66,7 @@ def open_deepspeed(path: Path) -> Catalog:
     return Catalog(
         path=path,
         format="deepspeed",
-        step=require(source.model[0], "global_steps", int, source.model_paths[0]),
+        step=require(source.model, "global_steps", int, source.model_paths[0]),
         weights=weights,
         buffers=names.buffers,
         ties=names.ties,
@@ -81,6 +79,7 @@ def open_deepspeed(path: Path) -> Catalog:
             stage=source.stage,
             optim=source.optim,
             model=source.model,
+            model_paths=source.model_paths,
             flats=tuple(flats),
             raw_names=names.raw,
             has_bf16_name=files.has_bf16_name,
@@ -90,7 +89,7 @@ def open_deepspeed(path: Path) -> Catalog:
 
 
 def _read_module(
-    source: _Source,
+    source: RankTrees,
     names: _Names,
     masters: Mapping[str, TensorRef],
     beside: Mapping[str, FileTensor] | None,
@@ -106,154 +105,13 @@ def _read_module(
     if source.stage != 3:
         return whole_weights(names.module, trained, path)
     needed = {fqn: shape for fqn, shape in names.frozen.items() if fqn not in same}
-    frozen = gather_frozen(source.model, source.model_paths, needed, names.raw)
+    others = [open_model_states(each, source.model) for each in source.model_paths[1:]] if needed else []
+    frozen = gather_frozen([source.model, *others], source.model_paths, needed, names.raw) if needed else {}
     return partitioned_weights(names.module, same, masters, frozen, path)
 
 
 def _is_small_file(name: str) -> bool:
     return name != LATEST_NAME and not is_weights_file(name) and not name.endswith((".pt.tmp", ".distcp"))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """The trees of all ranks' files."""
-
-    stage: int
-    optim: tuple[Mapping[str, Tree], ...]
-    optim_paths: tuple[Path, ...]
-    model: tuple[Mapping[str, Tree], ...]
-    model_paths: tuple[Path, ...]
-
-    @property
-    def ranks(self) -> int:
-        return len(self.optim)
-
-    def zero(self, rank: int) -> Mapping[str, Tree]:
-        """What the ZeRO optimizer of a rank saved."""
-        return require(self.optim[rank], "optimizer_state_dict", dict, self.optim_paths[rank])
-
-    def base(self, rank: int) -> Tree:
-        """What the optimizer inside it saved; a list of states if the checkpoint is elastic."""
-        key = "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
-        zero = self.zero(rank)
-        if isinstance(zero.get(key), list):
-            return require_list_of(zero, key, dict, self.optim_paths[rank])
-        return require(zero, key, dict, self.optim_paths[rank])
-
-    def state(self, rank: int, index: int) -> Mapping[str, Tree]:
-        """What the optimizer of a rank holds of a flat tensor; empty if it never made a step."""
-        base = self.base(rank)
-        if isinstance(base, list):
-            if index >= len(base):
-                raise refuse("there are too few states", self.optim_paths[rank], expected=f"> {index}", found=len(base))
-            return dict(base[index])
-        states = require(base, "state", dict, self.optim_paths[rank])
-        return require(states, index, dict, self.optim_paths[rank]) if index in states else {}
-
-    def partitions(self, rank: int) -> Sequence[TorchTensor]:
-        """A rank's partition of each flat tensor of masters."""
-        key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-        return require_tensors(self.zero(rank), key, self.optim_paths[rank])
-
-
-def _open_trees(files: RankFiles, tag_dir: Path) -> _Source:
-    """Open the files of all ranks; what is missing is told before the first is opened in full."""
-    first = next(iter(sorted(files.optim)))
-    opened = {first: _open_mapping(files.optim[first])}
-    stage = _read_stage(opened[first], files.optim[first])
-    ranks = _read_ranks(opened[first], files.optim[first])
-    files.require(ranks, stage, tag_dir)
-    optim_paths = tuple(files.optim[rank] for rank in range(ranks))
-    model_paths = (
-        tuple(files.model_of_rank[rank] for rank in range(ranks)) if stage == 3 else tuple(filter(None, [files.model]))
-    )
-    optim = tuple(opened[rank] if rank in opened else _open_mapping(optim_paths[rank]) for rank in range(ranks))
-    for tree, path in zip(optim, optim_paths, strict=True):
-        found = (_read_stage(tree, path), _read_ranks(tree, path))
-        if found != (stage, ranks):
-            expected = f"stage {stage}, {ranks} ranks"
-            raise refuse("the ranks differ", path, expected=expected, found=f"stage {found[0]}, {found[1]} ranks")
-        _require_plain(tree, path)
-    model = tuple(_open_mapping(path) for path in model_paths)
-    for tree, path in zip(model, model_paths, strict=True):
-        _require_plain_model(tree, path)
-    return _Source(stage=stage, optim=optim, optim_paths=optim_paths, model=model, model_paths=model_paths)
-
-
-def _open_mapping(path: Path) -> Mapping[str, Tree]:
-    tree = open_torch_file(path)
-    if not isinstance(tree, dict):
-        raise refuse("it is no dict", path, expected="a dict", found=type(tree).__name__)
-    return tree
-
-
-def _read_stage(tree: Tree, path: Path) -> int:
-    """1, 2 or 3.
-
-    Source: DeepSpeed 0.19.8: runtime/zero/config.py (ZeroStageEnum, an int); runtime/bf16_optimizer.py (state_dict)
-    writes none, and is used at stage 1 alone.
-    """
-    zero = require(tree, "optimizer_state_dict", dict, path)
-    if "fp32_flat_groups" in zero:
-        return 3
-    require(zero, "single_partition_of_fp32_groups", list, path)
-    found = zero.get("zero_stage", 1)
-    if isinstance(found, Instance):
-        found = found.arguments[0] if len(found.arguments) == 1 else None
-    if found not in (1, 2):
-        raise refuse("the stage is unknown", path, expected="1, 2 or 3", found=found)
-    return int(found)
-
-
-def _read_ranks(tree: Tree, path: Path) -> int:
-    zero = require(tree, "optimizer_state_dict", dict, path)
-    counts = zero.get("partition_count")
-    if isinstance(counts, list) and counts and len(set(map(str, counts))) == 1:
-        counts = counts[0]
-    if isinstance(counts, list):
-        raise UnsupportedError(
-            "parameter groups are partitioned over different ranks, as with experts (MoE)",
-            kind="model-parallel",
-            path=path,
-            expected="one partition_count for all groups",
-            found=str(counts)[:200],
-        )
-    if type(counts) is not int:
-        raise refuse("the number of ranks is unknown", path, expected="partition_count", found=type(counts).__name__)
-    return counts
-
-
-def _require_plain(tree: Tree, path: Path) -> None:
-    config = tree.get("ds_config")
-    zero_config = config.get("zero_optimization") if isinstance(config, dict) else None
-    settings = zero_config if isinstance(zero_config, dict) else {}
-    changed = [
-        f"{key} {settings[key]}" for key, usual in _PARTITION_SETTINGS.items() if settings.get(key, usual) != usual
-    ]
-    if "ds_zero_partition_groups" in require(tree, "optimizer_state_dict", dict, path):
-        changed.append("AutoEP")
-    if changed:
-        raise UnsupportedError(
-            "checkpoints with partitions inside a group of ranks are not read",
-            kind="partition-groups",
-            path=path,
-            expected="partitions over all ranks",
-            found=", ".join(changed),
-        )
-
-
-def _require_plain_model(tree: Tree, path: Path) -> None:
-    world = tree.get("mp_world_size", 1)
-    experts = tree.get("num_experts")
-    if world != 1 or experts:
-        raise UnsupportedError(
-            "checkpoints with parallel tensors or experts are not read",
-            kind="model-parallel",
-            path=path,
-            expected="data parallelism with ZeRO alone",
-            found=f"mp_world_size {world}" + (f", num_experts {experts}" if experts else ""),
-            hint="gather the weights with the framework's own tools, and merge those",
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,8 +130,8 @@ class _Names:
     ties: Mapping[str, str]
 
 
-def _read_names(source: _Source) -> _Names:
-    model, path = source.model[0], source.model_paths[0]
+def _read_names(source: RankTrees) -> _Names:
+    model, path = source.model, source.model_paths[0]
     raw: dict[str, str] = {}
 
     def canonical(name: str) -> str:
@@ -300,11 +158,6 @@ def _read_names(source: _Source) -> _Names:
         pairs = (require_shape(name, shape, path) for name, shape in held.items())
         shapes.append({canonical(name): shape for name, shape in pairs})
     _require_once(shapes, path)
-    for other, other_path in zip(source.model[1:], source.model_paths[1:], strict=True):
-        if require(other, "param_shapes", list, other_path) != model["param_shapes"]:
-            raise refuse(
-                "the ranks are of different models", other_path, expected="the shapes of rank 0", found="others"
-            )
     frozen = {}
     for name, shape in _optional_mapping(model, "frozen_param_shapes", path).items():
         require_shape(name, shape, path)
@@ -349,7 +202,7 @@ def _direct_ties(ties: Mapping[str, str], module: Mapping[str, TorchTensor]) -> 
     }
 
 
-def _read_flats(source: _Source, names: _Names) -> list[Flat]:
+def _read_flats(source: RankTrees, names: _Names) -> list[Flat]:
     """The flat tensors, and the optimizer's group of each."""
     zero, path = source.zero(0), source.optim_paths[0]
     counts = {len(source.partitions(rank)) for rank in range(source.ranks)}
@@ -378,7 +231,7 @@ def _read_flats(source: _Source, names: _Names) -> list[Flat]:
     ]
 
 
-def _groups_of_flats(source: _Source, count: int, rank: int) -> list[int]:
+def _groups_of_flats(source: RankTrees, count: int, rank: int) -> list[int]:
     """The group of each flat tensor: the optimizer's parameters are the flat tensors, group by group."""
     base, path = source.base(rank), source.optim_paths[rank]
     if isinstance(base, list):
@@ -394,14 +247,14 @@ def _groups_of_flats(source: _Source, count: int, rank: int) -> list[int]:
     return found
 
 
-def _lay_out(flat: Flat, source: _Source) -> FlatLayout:
+def _lay_out(flat: Flat, source: RankTrees) -> FlatLayout:
     if source.stage == 3:
         return cut_each(flat.parameters, source.ranks)
     return cut_evenly(flat.parameters, flat.paddings, source.ranks)
 
 
 def _gather_masters(
-    source: _Source, index: int, layout: FlatLayout, shapes: Mapping[str, tuple[int, ...]]
+    source: RankTrees, index: int, layout: FlatLayout, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, FileTensor]:
     tensors = [source.partitions(rank)[index] for rank in range(source.ranks)]
     if layout.partition and not any(tensor.ref.meta.numel for tensor in tensors):
@@ -417,7 +270,7 @@ def _gather_masters(
 
 
 def _gather_states(
-    source: _Source, index: int, group: int, layout: FlatLayout, shapes: Mapping[str, tuple[int, ...]]
+    source: RankTrees, index: int, group: int, layout: FlatLayout, shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, StateRef]]:
     states = [source.state(rank, index) for rank in range(source.ranks)]
     for fqn, state in gather_states(states, layout, shapes, source.optim_paths).items():
@@ -426,7 +279,7 @@ def _gather_states(
         yield fqn, read_state(state if step is None else {**state, "step": step}, fqn)
 
 
-def _group_step(source: _Source, group: int) -> Tree:
+def _group_step(source: RankTrees, group: int) -> Tree:
     base = source.base(0)
     if isinstance(base, list):
         return source.zero(0).get("base_optimizer_state_step")
@@ -434,7 +287,7 @@ def _group_step(source: _Source, group: int) -> Tree:
     return found if type(found) is int else None
 
 
-def _read_groups(source: _Source, flats: Sequence[Flat]) -> Iterator[GroupRef]:
+def _read_groups(source: RankTrees, flats: Sequence[Flat]) -> Iterator[GroupRef]:
     """The optimizer's groups, with the parameters in the order in which it was given them."""
     base = source.base(0)
     options: Sequence[Mapping[str, Tree]] = [{} for _ in flats] if isinstance(base, list) else base["param_groups"]
@@ -445,15 +298,28 @@ def _read_groups(source: _Source, flats: Sequence[Flat]) -> Iterator[GroupRef]:
             if flat.group == index:
                 fqns = [fqn for fqn, _ in flat.parameters]
                 parameters += undeal(fqns, source.ranks) if is_dealt else fqns
+        kept = {str(key): value for key, value in option.items() if key not in (_GROUP_PARAMS, _GROUP_STEP)}
+        path = source.optim_paths[0]
         yield GroupRef(
             parameters=tuple(parameters),
-            options={
-                str(key): read_option(value) for key, value in option.items() if key not in (_GROUP_PARAMS, _GROUP_STEP)
-            },
+            options={key: _read_option(key, value, path) for key, value in kept.items()},
         )
 
 
-def _setting(source: _Source, key: str) -> Tree:
+def _read_option(name: str, value: Tree, path: Path) -> object:
+    try:
+        return read_option(value)
+    except UnsupportedError as err:
+        raise UnsupportedError(
+            f"the option {name[:80]!r} of a parameter group is of a type that has no form elsewhere",
+            kind=err.kind,
+            path=path,
+            expected="a number, text, or a list, tuple or dict of these",
+            found=err.found,
+        ) from err
+
+
+def _setting(source: RankTrees, key: str) -> Tree:
     config = source.optim[0].get("ds_config")
     zero_config = config.get("zero_optimization") if isinstance(config, dict) else None
     return zero_config.get(key) if isinstance(zero_config, dict) else None

@@ -170,7 +170,10 @@ class _Draft:
 
     @property
     def _step(self) -> int:
-        return 0 if self.catalog.step is None else self.catalog.step
+        """Of the source; if it does not say, as many steps as its most updated layer got updates."""
+        if self.catalog.step is not None:
+            return self.catalog.step
+        return max((count for count in self.catalog.update_counts.values() if count is not None), default=0)
 
     def seal(self, written: Mapping[str, WrittenFile]) -> FilePlan:
         """The manifest, from all the other files."""
@@ -204,7 +207,7 @@ class _Draft:
             kind=layer.kind.value,
             stack=layer.stack,
             index=layer.index,
-            step=self.catalog.step_of(layer.name) or 0,
+            step=self._step if (saved := self.catalog.step_of(layer.name)) is None else saved,
             save_index=save_index,
             update_count=None if files.optimizer is None else self.catalog.update_counts.get(layer.name),
             reason=_REASON,

@@ -28,7 +28,7 @@ TRUNCATED = "pickle-truncated"
 """Kind of the error for a pickle that goes on after the bytes there are."""
 
 _MAX_OPCODES = 5_000_000
-# What objects may take while the pickle is read, roughly: a set of nothing takes 216 bytes, and one to write.
+# What objects may take while the pickle is read, roughly: a set of nothing takes 216 bytes, and one to ask for it.
 _MAX_OBJECT_NBYTES = 256 * 2**20
 _MAX_NAME_LENGTH = 1024
 # numpy's generators have 128 bits, torch's magic number 80. Beyond 64 bits a number is no key: all multiples of
@@ -128,10 +128,13 @@ class _Machine:
 
     def push(self, value: Tree, nbytes: int) -> None:
         """Put a new object on the stack that takes about so many bytes."""
+        self.take_room(nbytes)
+        self.stack.append(value)
+
+    def take_room(self, nbytes: int) -> None:
         self.room -= nbytes
         if self.room < 0:
             raise self.refuse("too many objects", expected=f"at most {_MAX_OBJECT_NBYTES} bytes", found="more")
-        self.stack.append(value)
 
     def take(self, nbytes: int) -> bytes:
         start = self.position
@@ -169,7 +172,7 @@ class _Machine:
             raise self.refuse("the name of a global is unusable")
         found = Global(_PYTHON_3_MODULES.get(module, module), name)
         self.builder.check_global(found)
-        self.stack.append(found)
+        self.push(found, _GLOBAL_NBYTES)
 
     def call(self, function: Tree, arguments: Tree, *, is_call: bool) -> None:
         if type(function) is not Global or type(arguments) is not tuple:
@@ -185,8 +188,8 @@ class _Machine:
         target = self.stack[-1]
         if type(target) is Instance:
             if target.entries is None:
+                self.take_room(_DICT_NBYTES)
                 target.entries = {}
-                self.room -= _DICT_NBYTES
             entries = target.entries
         elif type(target) is dict or type(target) is OrderedDict:
             entries = target
@@ -226,14 +229,15 @@ class _Machine:
             raise self.refuse("a key cannot be one", expected="a plain value", found=kind.__name__)
 
     def truncated(self) -> FormatError:
-        return self._error("it is cut off", TRUNCATED, "its end", f"{len(self.data)} bytes")
+        hint = "it was not copied or written to its end; take another copy"
+        return self._error("it is cut off", TRUNCATED, "its end", f"{len(self.data)} bytes", hint)
 
     def refuse(self, what: str, *, expected: object = None, found: object = None) -> FormatError:
         return self._error(what, "pickle", expected, found)
 
-    def _error(self, what: str, kind: str, expected: object, found: object) -> FormatError:
+    def _error(self, what: str, kind: str, expected: object, found: object, hint: str | None = None) -> FormatError:
         what = f"not a valid pickle: {what} (byte {self.position})"
-        return FormatError(what, kind=kind, path=self.path, expected=expected, found=found)
+        return FormatError(what, kind=kind, path=self.path, expected=expected, found=found, hint=hint)
 
     def unsupported(self, found: str, expected: str) -> UnsupportedError:
         return UnsupportedError(
@@ -253,7 +257,7 @@ def _is_name(value: Tree) -> TypeGuard[str]:
 _TUPLE_NBYTES = 64
 _LIST_NBYTES = 88
 _DICT_NBYTES = _SET_NBYTES = 216
-_INSTANCE_NBYTES = 160
+_INSTANCE_NBYTES = _GLOBAL_NBYTES = 160
 # An OrderedDict, or a tensor and what describes it.
 _CALL_NBYTES = 480
 
@@ -273,6 +277,7 @@ def _frame(machine: _Machine) -> None:
 
 
 def _mark(machine: _Machine) -> None:
+    machine.take_room(_LIST_NBYTES)
     machine.marks.append(machine.stack)
     machine.stack = []
 
