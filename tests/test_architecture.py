@@ -51,6 +51,7 @@ LEVELS = {
     "checkpointer": 5,
     "inventory": 5,
     "load": 5,
+    "merge_sources": 5,
     "merging": 5,
     "resume": 5,
     "save_history": 5,

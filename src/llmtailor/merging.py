@@ -9,7 +9,7 @@ are both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,22 +17,20 @@ from typing import Any
 
 from . import __version__
 from .assembly import execute
-from .catalog import Catalog, SmallFile
-from .errors import InvalidInputError, NotFoundError, TailorError, UnsupportedError
+from .catalog import Catalog
+from .errors import InvalidInputError, UnsupportedError
 from .file_plan import CheckpointPlan, FilePlan, WrittenFile
 from .formats import FORMATS, open_catalog
-from .formats.hf.config import parse_config
-from .formats.hf.json_files import read_text
-from .formats.source_files import list_small_files, read_number
+from .formats.hf.config import read_dtype
+from .formats.source_files import read_number
 from .hub import locate_source
-from .layers import LayerMap, map_names
+from .merge_sources import as_recipe_sees_it, open_sources, tokenizer_files, touch
 from .mergekit_process import merged_by_mergekit
 from .plan import (
     PROVENANCE_NAME,
     LayerRow,
     drop_optimizer,
     fit_small_files,
-    is_tokenizer_file,
     merge_catalogs,
     tabulate_layers,
 )
@@ -41,7 +39,6 @@ from .recipe import (
     MergekitRecipe,
     Recipe,
     Resolution,
-    SourceLayers,
     parse_recipe,
     resolve,
     sources_of,
@@ -69,7 +66,7 @@ class MergeOptions:
     """Format of the result, one of ``formats.FORMATS``; without one that of ``state_from``."""
     weights_only: bool | None = None
     dtype: str | None = None
-    """Element type of the weights, safetensors spelling."""
+    """Element type of the weights, ``bfloat16`` or ``BF16``."""
     shard_nbytes: int | None = None
     """Largest weights file of an ``hf`` target."""
     copy_tokenizer: bool = True
@@ -83,7 +80,6 @@ class MergeOptions:
     """Names of the parameters in the order of an ``optimizer.pt`` that cannot be told otherwise."""
 
 
-_CONFIG_NAME = "config.json"
 _DEFAULTS = MergeOptions()
 
 
@@ -134,20 +130,8 @@ def plan_merge(recipe: Recipe, options: MergeOptions = _DEFAULTS) -> MergePlan:
         TailorError: What is wrong with the recipe, a source, or their fit. Faults of several sources come together.
     """
     weights_only = options.weights_only if options.weights_only is not None else recipe.output.weights_only
-    sources = _open_all(sources_of(recipe), options, with_optimizer=not weights_only)
-    return _plan(resolve(recipe, {name: _as_recipe_sees_it(each) for name, each in sources.items()}), sources, options)
-
-
-def _as_recipe_sees_it(source: Catalog) -> SourceLayers:
-    config = next((file for file in source.files if file.name == _CONFIG_NAME), None)
-    said = None if config is None else parse_config(read_text(config.path), config.path)
-    return SourceLayers(
-        layers=source.layers,
-        num_blocks=None if said is None else said.num_blocks,
-        is_tied=None if said is None else said.is_tied,
-        step=source.step,
-        layer_steps=source.layer_steps,
-    )
+    sources = open_sources(sources_of(recipe), parameter_names=options.parameter_names, with_optimizer=not weights_only)
+    return _plan(resolve(recipe, {name: as_recipe_sees_it(each) for name, each in sources.items()}), sources, options)
 
 
 def plan_export(source: Path, options: MergeOptions = _DEFAULTS) -> MergePlan:
@@ -163,81 +147,25 @@ def plan_export(source: Path, options: MergeOptions = _DEFAULTS) -> MergePlan:
     return _plan(whole_checkpoint(name, catalog.layers), {name: catalog}, options)
 
 
-def _open_all(names: Sequence[str], options: MergeOptions, *, with_optimizer: bool) -> dict[str, Catalog]:
-    sources: dict[str, Catalog] = {}
-    faults: list[TailorError] = []
-    for name in names:
-        try:
-            sources[name] = open_catalog(
-                locate_source(name),
-                parameter_names=options.parameter_names,
-                with_optimizer=with_optimizer,
-                allow_partial=True,
-            )
-        except TailorError as err:
-            faults.append(err)
-    if faults:
-        raise _join(faults)
-    return _cut_alike(sources)
-
-
-def _cut_alike(sources: Mapping[str, Catalog]) -> dict[str, Catalog]:
-    """Give a layer one name in all sources: one that holds a few layers alone does not show how the model is built."""
-    shapes = {
-        fqn: tensor.meta.shape
-        for source in sources.values()
-        if source.cut is None
-        for fqn, tensor in source.weights.items()
-    }
-    whole = map_names(shapes)
-    return {
-        name: source if source.cut is not None else replace(source, cut=_restrict(whole, source))
-        for name, source in sources.items()
-    }
-
-
-def _restrict(layers: LayerMap, source: Catalog) -> LayerMap:
-    held = (replace(layer, fqns=tuple(fqn for fqn in layer.fqns if fqn in source.weights)) for layer in layers.layers)
-    return LayerMap(tuple(layer for layer in held if layer.fqns), source.ties)
-
-
-def _join(faults: Sequence[TailorError]) -> TailorError:
-    """One error for all that is wrong with sources, of the class of the first."""
-    first = faults[0]
-    if len(faults) == 1:
-        return first
-    listed = (str(fault).replace("\n", "\n            ") for fault in faults)
-    return type(first)(
-        f"sources cannot be used: {len(faults)} faults",
-        kind=first.kind,
-        path=first.path,
-        found="\n            ".join(listed),
-        hint=first.hint,
-    )
-
-
 def _plan(resolution: Resolution, sources: Mapping[str, Catalog], options: MergeOptions) -> MergePlan:
     wanted = options.weights_only if options.weights_only is not None else resolution.output.weights_only
     weights_only = wanted or not any(source.has_optimizer for source in sources.values())
-    _touch(resolution, sources)
-    tokenizer = _tokenizer_files(resolution, options)
+    touch(resolution, sources)
+    tokenizer = tokenizer_files(resolution) if options.copy_tokenizer else ()
     catalog = merge_catalogs(resolution, sources, weights_only=weights_only, tokenizer=tokenizer)
     if weights_only:
         catalog = drop_optimizer(catalog)
-    to = (
-        options.to
-        or resolution.output.format
-        or ("hf" if weights_only and catalog.format != "tailored" else catalog.format)
-    )
+    to = options.to or resolution.output.format or _usual_target(catalog)
     if to not in FORMATS:
         raise InvalidInputError(
             "there is no such format to write", kind="target", expected=", ".join(FORMATS), found=to
         )
+    _check_options(options, to)
     _check_depth(resolution, sources, to)
     catalog, notes = fit_small_files(catalog, to)
     files = _plan_target(catalog, to, resolution, options, weights_only=weights_only)
     rows = tabulate_layers(resolution, catalog)
-    notes = (*notes, *_method_notes(resolution), *files.notes)
+    notes = (*notes, *_recipe_notes(resolution, catalog, to), *files.notes)
     plan = MergePlan(
         to=to,
         catalog=catalog,
@@ -250,33 +178,6 @@ def _plan(resolution: Resolution, sources: Mapping[str, Catalog], options: Merge
     return replace(plan, files=replace(files, files=(*files.files, _provenance(plan))))
 
 
-def _touch(resolution: Resolution, sources: Mapping[str, Catalog]) -> None:
-    """Look at everything that will be needed of every source, so that all that is wrong with them is told at once."""
-    faults: dict[str, TailorError] = {}
-    for each in (each for layer in resolution.layers for each in layer.contributions):
-        source = sources[each.source]
-        try:
-            for fqn in source.layers[each.layer].fqns:
-                source.weights.get(fqn)
-                source.states.get(fqn)
-        except TailorError as err:
-            faults[str(err)] = err
-    if faults:
-        raise _join([*faults.values()])
-
-
-def _tokenizer_files(resolution: Resolution, options: MergeOptions) -> tuple[SmallFile, ...] | None:
-    """The tokenizer's files; None for those of ``base``."""
-    if not options.copy_tokenizer:
-        return ()
-    if resolution.tokenizer_from is None:
-        return None
-    root = locate_source(resolution.tokenizer_from)
-    if not root.is_dir():
-        raise NotFoundError("there is no directory to take the tokenizer from", kind="missing-tokenizer", path=root)
-    return list_small_files(root, is_tokenizer_file)
-
-
 def _usual_target(catalog: Catalog) -> str:
     """The format of the source, unless that is one for training and there is nothing to train on."""
     return catalog.format if catalog.has_optimizer or catalog.format == "tailored" else "hf"
@@ -285,7 +186,9 @@ def _usual_target(catalog: Catalog) -> str:
 def _plan_target(
     catalog: Catalog, to: str, resolution: Resolution, options: MergeOptions, *, weights_only: bool
 ) -> CheckpointPlan:
-    dtype = options.dtype or resolution.output.dtype
+    dtype = None if options.dtype is None else read_dtype(options.dtype)
+    if to in _APPLIES_TO["dtype"]:
+        dtype = dtype or resolution.output.dtype
     match to:
         case "tailored":
             from .formats.tailored import plan_tailored
@@ -310,6 +213,29 @@ def _plan_target(
             from .formats.dcp import plan_dcp
 
             return plan_dcp(catalog, ranks=options.ranks)
+
+
+# Option -> the formats that it says something about.
+_APPLIES_TO = {
+    "dtype": frozenset({"tailored", "hf"}),
+    "shard_nbytes": frozenset({"hf"}),
+    "ranks": frozenset({"deepspeed", "dcp"}),
+    "zero_stage": frozenset({"deepspeed"}),
+    "own_steps": frozenset({"deepspeed"}),
+}
+
+
+def _check_options(options: MergeOptions, to: str) -> None:
+    """An option that would do nothing was meant to do something."""
+    idle = [name for name, formats in _APPLIES_TO.items() if getattr(options, name) and to not in formats]
+    if idle:
+        raise InvalidInputError(
+            f"options that do not apply to the format {to}",
+            kind="idle-option",
+            expected="; ".join(f"{name} with {', '.join(sorted(_APPLIES_TO[name]))}" for name in idle),
+            found=", ".join(idle),
+            hint="leave them out, or choose another format with --to",
+        )
 
 
 def _check_depth(resolution: Resolution, sources: Mapping[str, Catalog], to: str) -> None:
@@ -347,10 +273,14 @@ def count_updates(catalog: Catalog) -> Catalog:
     return replace(catalog, update_counts=counts)
 
 
-def _method_notes(resolution: Resolution) -> tuple[str, ...]:
+def _recipe_notes(resolution: Resolution, catalog: Catalog, to: str) -> Iterator[str]:
     if resolution.method == "linear":
-        return ("weights are averages; optimizer state is that of each layer's newest source",)
-    return ()
+        yield "weights are averages; optimizer state is that of each layer's newest source"
+    dtype = resolution.output.dtype
+    if dtype is not None and to not in _APPLIES_TO["dtype"]:
+        others = sorted({ref.meta.dtype for ref in catalog.weights.values()} - {dtype})
+        if others:
+            yield f"the recipe's dtype is not applied with --to {to}: weights stay {', '.join(others)}"
 
 
 def _provenance(plan: MergePlan) -> FilePlan:

@@ -146,3 +146,74 @@ def install_mergekit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: st
     command.write_text(f"#!/bin/sh\n{script}\n")
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--ranks", "2", "--to", "hf"], ["--zero-stage", "3"], ["--own-steps"], ["--to", "dcp", "--dtype", "float32"]],
+)
+def test_option_that_would_do_nothing_is_refused(
+    recipe: Path, tmp_path: Path, llmtailor: Command, options: list[str]
+) -> None:
+    finished = llmtailor("merge", recipe, tmp_path / "out", *options, exit_code=6)
+    assert "do not apply" in finished.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_comes_from_where_the_recipe_says(run: Path, tmp_path: Path, llmtailor: Command) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "evil.py").write_text("raise SystemExit")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"merge_method: passthrough\nslices:\n- sources: [{{model: {run / 'checkpoint-5'}, layer_range: [0, 4]}}]\n"
+        f"tokenizer_source: {tokenizer}\n"
+    )
+    llmtailor("merge", recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert not list((tmp_path / "out").glob("*.py"))
+    llmtailor("merge", recipe, tmp_path / "without", "--no-copy-tokenizer")
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+
+
+def test_deeper_model_is_written_for_hugging_face(tmp_path: Path, llmtailor: Command, llmtailor_json: Command) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = Path(__file__).parent.parent / "compat/data/transformers-5.23.0/llama/checkpoint-4"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"merge_method: passthrough\ndtype: float32\nslices:\n- sources: [{{model: {model}, layer_range: [0, 2]}}]\n"
+        f"- sources: [{{model: {model}, layer_range: [1, 3]}}]\n"
+    )
+    record = llmtailor_json("merge", recipe, tmp_path / "out")
+    blocks = [row["source_layer"] for row in record["layers"] if row["layer"].startswith("layers.")]
+    assert blocks == ["layers.0", "layers.1", "layers.1", "layers.2"]
+    deeper, source = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "out", model))
+    assert deeper.config.num_hidden_layers == 4
+    tensors = source.state_dict()
+    for name, value in deeper.state_dict().items():
+        index = name.split(".")[2] if ".layers." in name else None
+        theirs = name if index is None else name.replace(f".{index}.", f".{[0, 1, 1, 2][int(index)]}.", 1)
+        assert value.equal(tensors[theirs])
+    finished = llmtailor("merge", recipe, tmp_path / "other", "--to", "tailored", exit_code=12)
+    assert "--to hf" in finished.stderr
+
+
+def test_linear_averages_weights_and_takes_the_newest_moments(
+    run: Path, tmp_path: Path, llmtailor_json: Command
+) -> None:
+    import torch
+
+    recipe = tmp_path / "recipe.yaml"
+    a, b = run / "checkpoint-1", run / "checkpoint-5"
+    recipe.write_text(f'base: {b}\nlayers: {{"*": {{from: [{a}, {b}], weights: [1, 3]}}}}\n')
+    record = llmtailor_json("merge", recipe, tmp_path / "out")
+    assert "weights are averages" in record["notes"][0]
+    name = "model-layers.002.safetensors"
+    ours, first, last = (load_file(path / name) for path in (tmp_path / "out", a, b))
+    for key, value in ours.items():
+        expected = (0.25 * first[key].double() + 0.75 * last[key].double()).float()
+        assert torch.equal(value, expected)
+    moments = [(path / "optimizer" / "layers.002.safetensors").read_bytes() for path in (tmp_path / "out", b)]
+    assert moments[0] == moments[1]

@@ -121,7 +121,7 @@ class Transfer:
             NotFoundError, FormatError: A source is gone, or is no regular file any more.
             WriteError: A source cannot be read, or a file cannot be written.
         """
-        self._written, self._on_bytes = [], on_bytes
+        self._written, self._on_bytes, self._is_stopped = [], on_bytes, False
         sizes = [plan.nbytes for plan in plans]
         chunks = self._chunks(plans, sizes)
         num_chunks = sum(-(-max(nbytes, 1) // self._chunk_nbytes) for nbytes in sizes)
@@ -134,26 +134,32 @@ class Transfer:
 
     def _work_together(self, chunks: Iterator[tuple[NewFile, Chunk]], num_threads: int) -> None:
         futures: list[Future[None]] = []
-        with ThreadPoolExecutor(num_threads) as pool:
-            try:
-                with translate_os_errors("start a thread", self._output.path):
-                    try:
-                        futures.extend(pool.submit(self._work, chunks) for _ in range(num_threads))
-                    except RuntimeError as err:  # threading says so of a limit on processes
-                        raise OSError(errno.EAGAIN, "no thread can be started") from err
-                wait(futures)
-            finally:
-                self._let_go(futures)
+        pool = ThreadPoolExecutor(num_threads)
+        try:
+            with translate_os_errors("start a thread", self._output.path):
+                try:
+                    futures.extend(pool.submit(self._work, chunks) for _ in range(num_threads))
+                except RuntimeError as err:  # threading says so of a limit on processes
+                    raise OSError(errno.EAGAIN, "no thread can be started") from err
+            wait(futures)
+        finally:
+            self._let_go(pool)
         faults = [fault for future in futures if (fault := future.exception()) is not None]
         for fault in sorted(faults, key=lambda fault: isinstance(fault, _Stopped)):
             raise fault
 
-    def _let_go(self, futures: Sequence[Future[None]]) -> None:
+    def _let_go(self, pool: ThreadPoolExecutor) -> None:
         """Wait until no thread holds a descriptor any more, however impatient the user: its number may be reused."""
-        while not all(future.done() for future in futures):
-            self._stop()
-            with contextlib.suppress(KeyboardInterrupt):
-                wait(futures)
+        interrupt: KeyboardInterrupt | None = None
+        while True:
+            try:
+                self._stop()
+                pool.shutdown()
+                break
+            except KeyboardInterrupt as err:
+                interrupt = err
+        if interrupt is not None:
+            raise interrupt
 
     def _stop(self) -> None:
         with self._turn:
@@ -268,10 +274,8 @@ class Transfer:
     def _write(self, file: NewFile, chunk: Chunk, buffer: memoryview) -> None:
         with translate_os_errors("write a file of a checkpoint", self._output.path_of(file.plan.name)):
             if file.is_direct:
-                padded = _pad(chunk.nbytes)
-                buffer[chunk.nbytes : padded] = memoryview(self._zeros)[: padded - chunk.nbytes]
-                try:
-                    self._filesystem.write_at(file.descriptor, buffer[:padded], chunk.start)
+                try:  # with what is in the buffer after the chunk's end; ``_finish`` cuts it off
+                    self._filesystem.write_at(file.descriptor, buffer[: _pad(chunk.nbytes)], chunk.start)
                 except OSError as err:
                     if err.errno != errno.EINVAL:
                         raise

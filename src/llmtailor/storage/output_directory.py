@@ -41,7 +41,7 @@ _TAKEN = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
 
 
 class OutputDirectory(StagedCheckpoint):
-    """An attempt at a new directory, invisible until ``publish``. Only ``create`` may be called by many threads.
+    """An attempt at a new directory, invisible until ``publish``. Not thread-safe.
 
     Args:
         target: Where it will be; must not exist. Directories above it are made.
@@ -129,7 +129,7 @@ class OutputDirectory(StagedCheckpoint):
         return descriptor
 
     def finish(self, descriptor: int) -> None:
-        """Take a file back that is written but not durable. One thread at a time.
+        """Take a file back that is written but not durable.
 
         Raises:
             WriteError: Others that were waiting could not be made durable.
@@ -193,16 +193,14 @@ class OutputDirectory(StagedCheckpoint):
             for directory in sorted(self._directories, key=lambda path: len(path.parts), reverse=True):
                 self._filesystem.fsync_directory(directory)
             self._filesystem.fsync_directory(self.path)
-            identity = _identity(self.path)
         try:
             with translate_os_errors("publish a checkpoint", self._target):
                 self._rename()
                 self._filesystem.fsync_directory(self._target.parent)
         except BaseException:
-            # Whatever failed may have come after the rename. Somebody else's directory stays where it is.
+            # Whatever failed may have come after the rename. If not, this one is refused, since its own is taken.
             with contextlib.suppress(OSError):
-                if _identity(self._target) == identity:
-                    self._filesystem.rename(self._target, self.path)
+                self._filesystem.rename(self._target, self.path)
             raise
         self._new_parents.clear()
         self._remove_claim()
@@ -283,11 +281,6 @@ def _sweep(target: Path, filesystem: LocalFileSystem) -> None:
                 filesystem.remove_tree(left)
             finally:
                 os.close(descriptor)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
 
 
 def _check_link(source: Path, nbytes: int) -> os.stat_result:

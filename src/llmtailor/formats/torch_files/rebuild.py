@@ -89,7 +89,8 @@ class Rebuilder:
         if len(arguments) != 4 or type(arguments[0]) is not Global or type(arguments[2]) is not tuple:
             raise self._malformed("a tensor")
         function, cls, inner, _ = arguments
-        if type(cls) is not Global or cls not in _PLAIN_TENSORS:
+        # Not this function itself: it could be its own argument any number of times.
+        if type(cls) is not Global or cls not in _PLAIN_TENSORS or function == _FROM_TYPE:
             return None
         tensor = self.call(function, inner)
         return tensor if isinstance(tensor, TorchTensor) else None
@@ -149,6 +150,7 @@ def _ordered_dict(_: Rebuilder, arguments: _Arguments) -> OrderedDict[Tree, Tree
     return None if arguments else OrderedDict()
 
 
+_FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 _PLAIN_TENSORS = frozenset({
     Global("torch", "Tensor"),
     Global("torch._tensor", "Tensor"),
@@ -165,5 +167,5 @@ _REBUILDERS: dict[Global, Callable[[Rebuilder, _Arguments], Tree]] = {
     Global("torch._utils", "_rebuild_tensor_v3"): Rebuilder.tensor_v3,
     Global("torch._utils", "_rebuild_parameter"): Rebuilder.parameter,
     Global("torch._utils", "_rebuild_parameter_with_state"): Rebuilder.parameter_with_state,
-    Global("torch._tensor", "_rebuild_from_type_v2"): Rebuilder.from_type,
+    _FROM_TYPE: Rebuilder.from_type,
 }
