@@ -23,6 +23,8 @@ from merge.deepspeed_training import Training, digest, run_trainings
 # Name -> ranks and settings; ``out`` is filled in.
 _TRAINER = {"engine": False}
 _ENGINE = {"engine": True}
+# Sizes that are no multiples of 8 elements, so that there is alignment and padding.
+_UNEVEN = {"width": 12, "heads": 2}
 FIXTURES: dict[str, tuple[int, dict[str, object]]] = {
     "z1-fp32": (2, {"stage": 1, "dtype": "fp32", **_TRAINER}),
     "z2-bf16": (2, {"stage": 2, **_TRAINER}),
@@ -37,12 +39,25 @@ FIXTURES: dict[str, tuple[int, dict[str, object]]] = {
     ),
     "z3-bf16-frozen-3ranks": (3, {"stage": 3, "frozen": "embed_tokens", **_ENGINE}),
     "z1-bf16-layer-groups": (2, {"stage": 1, "groups": "layers", **_ENGINE}),
-    "z1-bf16-fp32-gradients": (2, {"stage": 1, "config": {"data_types": {"grad_accum_dtype": "fp32"}}, **_ENGINE}),
+    "z1-bf16-fp32-gradients-3ranks": (
+        3,
+        {"stage": 1, "config": {"data_types": {"grad_accum_dtype": "fp32"}}, **_UNEVEN, **_ENGINE},
+    ),
     "z2-fp16-tied": (2, {"stage": 2, "dtype": "fp16", "tied": True, **_ENGINE}),
     "z2-bf16-sgd": (2, {"stage": 2, "optimizer": "sgd", **_ENGINE}),
-    "z2-bf16-alignment": (2, {"stage": 2, "zero": {"parameter_alignment": True}, **_ENGINE}),
+    "z2-bf16-alignment": (2, {"stage": 2, "zero": {"parameter_alignment": True}, **_UNEVEN, **_ENGINE}),
     "z2-bf16-legacy-files": (2, {"stage": 2, "config": {"checkpoint": {"checkpoint_serialization": False}}, **_ENGINE}),
     "z2-bf16-elastic": (2, {"stage": 2, "zero": {"elastic_checkpoint": True}, **_ENGINE}),
+    # DeepSpeed's own Adam, which has its step count as a Python int in states and groups.
+    "z2-bf16-fused-adam": (
+        2,
+        {
+            "stage": 2,
+            "optimizer": "config",
+            "config": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}},
+            **_ENGINE,
+        },
+    ),
     "z2-bf16-muon": (
         2,
         {
