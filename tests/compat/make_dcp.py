@@ -49,7 +49,7 @@ class Net(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tok_embeddings = torch.nn.Embedding(10, 4)
-        self.layers = torch.nn.ModuleList(Block(4) for _ in range(2))
+        self.layers = torch.nn.ModuleList([Block(4)])
         self.norm = torch.nn.LayerNorm(4)
         self.output = torch.nn.Linear(4, 2)
         self.register_buffer("freqs", torch.arange(6.0))
@@ -143,12 +143,17 @@ def main() -> None:
     num_ranks, save = CASES[case]
     if "RANK" not in os.environ:
         shutil.rmtree(ROOT / case, ignore_errors=True)
+        ROOT.mkdir(parents=True, exist_ok=True)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
         subprocess.run([*launcher, __file__, case], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         return
     let_accelerate_shard_on_the_cpu()
     dist.init_process_group("gloo")
-    save(ROOT / case)
+    # .metadata has the path it was saved to.
+    os.chdir(ROOT)
+    save(Path(case))
+    # A rank that is gone too soon makes the others abort, with everything written.
+    dist.barrier()
     dist.destroy_process_group()
 
 
