@@ -156,7 +156,7 @@ def test_unknown_class_among_options_is_named() -> None:
         b"x",
         object(),
     ],
-    ids=repr,
+    ids=lambda value: "an object" if type(value) is object else repr(value),
 )
 def test_what_is_no_option_is_refused(encoded: object) -> None:
     with pytest.raises(FormatError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ _MIN_DIRECT_NBYTES = 64 * 2**10
 _MIN_CLONE_NBYTES = 2**20
 # What sharing blocks is refused with: by the file system, across two of them, or for a size that fits no block.
 _NO_CLONE = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM})
+# How often it is looked whether interrupted threads are done.
+_PATIENCE_SECS = 0.01
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -102,6 +105,7 @@ class Transfer:
         self._zeros = bytes(chunk_nbytes)
         self._can_clone = True
         self._is_stopped = False
+        self._num_working = 0
         self._claiming = threading.Lock()
         self._turn = threading.Condition()
         self._written: list[WrittenFile] = []
@@ -143,18 +147,24 @@ class Transfer:
                     raise OSError(errno.EAGAIN, "no thread can be started") from err
             wait(futures)
         finally:
-            self._let_go(pool)
+            self._let_go()
+            pool.shutdown()
         faults = [fault for future in futures if (fault := future.exception()) is not None]
         for fault in sorted(faults, key=lambda fault: isinstance(fault, _Stopped)):
             raise fault
 
-    def _let_go(self, pool: ThreadPoolExecutor) -> None:
-        """Wait until no thread holds a descriptor any more, however impatient the user: its number may be reused."""
+    def _let_go(self) -> None:
+        """Wait until no thread holds a descriptor any more, however impatient the user: its number may be reused.
+
+        Not by joining them: CPython 3.11 takes a thread for ended whose join was interrupted (bpo-45274). One that has
+        not begun yet finds that there is nothing to do.
+        """
         interrupt: KeyboardInterrupt | None = None
         while True:
             try:
                 self._stop()
-                pool.shutdown()
+                while self._num_working:
+                    time.sleep(_PATIENCE_SECS)
                 break
             except KeyboardInterrupt as err:
                 interrupt = err
@@ -168,15 +178,13 @@ class Transfer:
 
     def _work(self, chunks: Iterator[tuple[NewFile, Chunk]]) -> None:
         """One thread's life."""
+        with self._turn:
+            self._num_working += 1
         try:
             with translate_os_errors("get memory for a buffer", self._output.path):
                 reader = Reader(self._sources, self._chunk_nbytes)
                 buffer = aligned_buffer(self._chunk_nbytes)
-            while not self._is_stopped:
-                with self._claiming:
-                    claimed = next(chunks, None)
-                if claimed is None:
-                    return
+            while (claimed := self._claim(chunks)) is not None:
                 file, chunk = claimed
                 self._fill(chunk, buffer, reader)
                 self._account(file, chunk, buffer[: chunk.nbytes])
@@ -186,6 +194,13 @@ class Transfer:
         except BaseException:
             self._stop()
             raise
+        finally:
+            with self._turn:
+                self._num_working -= 1
+
+    def _claim(self, chunks: Iterator[tuple[NewFile, Chunk]]) -> tuple[NewFile, Chunk] | None:
+        with self._claiming:
+            return None if self._is_stopped else next(chunks, None)
 
     def _chunks(self, plans: Sequence[FilePlan], sizes: Sequence[int]) -> Iterator[tuple[NewFile, Chunk]]:
         for plan, nbytes in zip(plans, sizes, strict=True):
