@@ -9,6 +9,14 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _TABLE = re.compile(r"\| on \d+ cores.*?(?=\n\n)", re.DOTALL)
+_MERGE_TABLE = re.compile(r"\| merge of two checkpoints.*?(?=\n\n)", re.DOTALL)
+_FORMATS = {
+    "tailored": "LLMTailor",
+    "hf": "HF Trainer",
+    "deepspeed_zero2": "DeepSpeed ZeRO-2, 2 ranks",
+    "deepspeed_zero3": "DeepSpeed ZeRO-3, 2 ranks",
+    "dcp": "PyTorch DCP",
+}
 
 
 def make_table() -> str:
@@ -35,6 +43,27 @@ def make_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
+def make_merge_table() -> str:
+    """The table of merges, as it has to stand in the README."""
+    rows = [
+        ("merge of two checkpoints of 150 M parameters", "size", "merge", "`cp -r` + fsync", "peak memory"),
+        ("---", "---", "---", "---", "---"),
+    ]
+    measured = _read("merge")["rows"]
+    for name, title in _FORMATS.items():
+        row = measured[name]
+        rows.append(
+            (
+                title,
+                f"{row['bytes'] / 1e9:.1f} GB",
+                f"{row['merge_2_sources_secs_median']:.1f} s",
+                f"{row['cp_and_fsync_secs_median']:.1f} s",
+                f"{row['merge_2_sources_peak_mib_above_interpreter']:.0f} MiB",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _read(question: str) -> dict[str, Any]:
     text = (ROOT / "benchmarks" / "results" / f"{question}.json").read_text(encoding="utf-8")
     record: dict[str, Any] = json.loads(text)
@@ -45,7 +74,8 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     assert _TABLE.search(text), "the README has no table to replace"
-    readme.write_text(_TABLE.sub(make_table(), text), encoding="utf-8")
+    assert _MERGE_TABLE.search(text), "the README has no table of merges to replace"
+    readme.write_text(_MERGE_TABLE.sub(make_merge_table(), _TABLE.sub(make_table(), text)), encoding="utf-8")
 
 
 if __name__ == "__main__":

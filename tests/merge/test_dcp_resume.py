@@ -5,36 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import llmtailor
 from formats.dcp_files import differences, load
-from formats.simple_writer import write_checkpoint
-from llmtailor.catalog import Catalog
-from llmtailor.formats import open_catalog
-from llmtailor.formats.dcp import open_dcp, plan_dcp
-from llmtailor.plan import fit_small_files
 from merge.dcp_trainings import FIRST, LAST, SECOND, run
+from merge.merges import merge_layers, merge_with_itself
 
 # A dozen launches of two or three processes that import torch and transformers.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # Of the older checkpoint; everything else, and what there is only once, is the newer one's.
-OLDER_LAYERS = {"embed_tokens", "layers.1", "layers.3"}
-
-
-def merge(newer: Catalog, older: Catalog) -> Catalog:
-    """Some layers of an older checkpoint, the rest of a newer one."""
-    fqns = {fqn for layer in newer.layers if layer.name in OLDER_LAYERS for fqn in layer.fqns}
-    return replace(
-        newer,
-        weights={name: (older if name in fqns else newer).weights[name] for name in newer.weights},
-        states={name: (older if name in fqns else newer).states[name] for name in newer.states},
-    )
+OLDER_LAYERS = ("embed_tokens", "layers.1", "layers.3")
 
 
 def expected_merge(newer: Mapping[str, Any], older: Mapping[str, Any], *, is_tied: bool) -> dict[str, Any]:
@@ -70,11 +56,11 @@ def loop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     base = tmp_path_factory.mktemp("fsdp2")
     run(2, "loop", "save", base / name)
     before = digests(base / name)
-    first, second = (open_dcp(base / name / f"step-{step}") for step in (FIRST, SECOND))
-    merged = write_checkpoint(plan_dcp(merge(second, first)), base / f"{name}-merged")
-    same = write_checkpoint(plan_dcp(second), base / f"{name}-same")
+    first, second = (base / name / f"step-{step}" for step in (FIRST, SECOND))
+    merged = merge_layers(second, first, OLDER_LAYERS, base / f"{name}-merged")
+    same = merge_with_itself(second, base / f"{name}-same")
     run(2, "loop", "resume", merged, same)
-    run(3, "loop", "resume", write_checkpoint(plan_dcp(merge(second, first), ranks=1), base / f"{name}-three"))
+    run(3, "loop", "resume", merge_layers(second, first, OLDER_LAYERS, base / f"{name}-three", ranks=1))
     assert digests(base / name) == before
     return name, base
 
@@ -116,9 +102,9 @@ def trainer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     base = tmp_path_factory.mktemp("trainer")
     run(2, "trainer", "save", base / name)
     before = digests(base / name)
-    first, second = (open_dcp(base / name / f"checkpoint-{step}") for step in (FIRST, SECOND))
-    merged = write_checkpoint(plan_dcp(merge(second, first)), base / f"{name}-merged" / f"checkpoint-{SECOND}")
-    same = write_checkpoint(plan_dcp(second), base / f"{name}-same" / f"checkpoint-{SECOND}")
+    first, second = (base / name / f"checkpoint-{step}" for step in (FIRST, SECOND))
+    merged = merge_layers(second, first, OLDER_LAYERS, base / f"{name}-merged" / f"checkpoint-{SECOND}")
+    same = merge_with_itself(second, base / f"{name}-same" / f"checkpoint-{SECOND}")
     run(2, "trainer", "resume", merged, same)
     assert digests(base / name) == before
     return name, base
@@ -174,9 +160,9 @@ def test_a_checkpoint_of_the_trainer_merged_with_itself_trains_on_bit_for_bit(tr
 @pytest.mark.parametrize("name", ["single", "tied-single"])
 def test_a_checkpoint_of_a_single_process_goes_on_under_fsdp(name: str, tmp_path: Path) -> None:
     run(1, "trainer", "save", tmp_path / name)
-    catalog, _ = fit_small_files(open_catalog(tmp_path / name / f"checkpoint-{SECOND}"), "dcp")
     written = tmp_path / f"{name}-sharded" / f"checkpoint-{SECOND}"
-    run(2, "trainer", "resume", write_checkpoint(plan_dcp(catalog, ranks=2), written))
+    llmtailor.export(tmp_path / name / f"checkpoint-{SECOND}", written, to="dcp", ranks=2)
+    run(2, "trainer", "resume", written)
     saved, loaded = read(tmp_path / name / f"saved-{SECOND}.pt"), read(written.parent / "loaded.pt")
     assert differences(loaded["model"], saved["model"]) == []
     assert differences(loaded["optim"]["state"], saved["optim"]["state"]) == []

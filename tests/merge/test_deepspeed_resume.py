@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from formats.simple_writer import write_checkpoint
+import llmtailor
+from llmtailor.assembly import execute
 from llmtailor.catalog import Catalog
 from llmtailor.formats.deepspeed import open_deepspeed, plan_deepspeed
 from merge.deepspeed_stock import read_consolidated
 from merge.deepspeed_training import Training, digest, run_trainings
+from merge.merges import merge_layers, merge_with_itself
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -32,6 +34,7 @@ LEAVES = ("exp_avg", "exp_avg_sq")
 BETAS = {"exp_avg": 0.9, "exp_avg_sq": 0.999}
 
 Case = tuple[int, int, str]
+Make = Callable[[Path, Path, Path, int], object]
 
 
 @dataclass(frozen=True)
@@ -72,37 +75,47 @@ class Runs:
         return json.loads(self.source(case).truth(step).read_text())
 
 
-def interleave(old: Catalog, new: Catalog) -> Catalog:
-    """Every other layer of the older checkpoint, all else of the newer."""
-    stale = set(stale_parameters(new))
-    pick = {fqn: old if fqn in stale else new for fqn in new.weights}
-    return replace(
-        new,
-        weights={fqn: source.weights[fqn] for fqn, source in pick.items()},
-        masters={fqn: pick[fqn].masters[fqn] for fqn in new.masters},
-        states={fqn: pick[fqn].states[fqn] for fqn in new.states},
-    )
-
-
 def stale_parameters(catalog: Catalog) -> list[str]:
     return [fqn for index, layer in enumerate(catalog.layers) if index % 2 == 0 for fqn in layer.fqns]
 
 
-# Kind of merge -> how it is made of the two catalogs, for how many ranks more, at which other stage.
-MERGES: dict[str, tuple[Callable[[Catalog, Catalog], Catalog], int, int | None]] = {
-    "identity": (lambda old, new: new, 0, None),
-    "parity": (interleave, 0, None),
-    "other-ranks": (interleave, 1, None),
+def stale_layers(path: Path) -> list[str]:
+    """Every other layer, which a merge takes from the older checkpoint."""
+    return [layer.name for index, layer in enumerate(open_deepspeed(path).layers) if index % 2 == 0]
+
+
+def make_identity(old: Path, new: Path, output: Path, ranks: int) -> None:
+    merge_with_itself(new, output)
+
+
+def make_parity(old: Path, new: Path, output: Path, ranks: int) -> None:
+    merge_layers(new, old, stale_layers(new), output, ranks=ranks)
+
+
+def make_stage(stage: int) -> Make:
+    return lambda old, new, output, ranks: llmtailor.export(new, output, ranks=ranks, zero_stage=stage)
+
+
+def make_from_nothing(old: Path, new: Path, output: Path, ranks: int) -> None:
+    """As of a source of another format, of which DeepSpeed's own files cannot be made again."""
+    execute(plan_deepspeed(replace(open_deepspeed(new), native=None), ranks=ranks, stage=2), output)
+
+
+# Kind of merge -> how it is made of the two checkpoints, and whether for another number of ranks.
+MERGES: dict[str, tuple[Make, bool]] = {
+    "identity": (make_identity, False),
+    "parity": (make_parity, False),
+    "other-ranks": (make_parity, True),
 }
 # Only of the cases they are there for.
-FURTHER: dict[tuple[Case, str], tuple[Callable[[Catalog, Catalog], Catalog], int, int | None]] = {
-    ((2, 2, "bf16"), "to-stage-3"): (lambda old, new: new, 0, 3),
-    ((3, 2, "bf16"), "to-stage-2"): (lambda old, new: new, 0, 2),
-    ((3, 2, "bf16"), "from-nothing"): (lambda old, new: replace(new, native=None), 0, 2),
+FURTHER: dict[tuple[Case, str], tuple[Make, bool]] = {
+    ((2, 2, "bf16"), "to-stage-3"): (make_stage(3), False),
+    ((3, 2, "bf16"), "to-stage-2"): (make_stage(2), False),
+    ((3, 2, "bf16"), "from-nothing"): (make_from_nothing, False),
 }
 
 
-def merges_of(case: Case) -> dict[str, tuple[Callable[[Catalog, Catalog], Catalog], int, int | None]]:
+def merges_of(case: Case) -> dict[str, tuple[Make, bool]]:
     return MERGES | {kind: how for (of, kind), how in FURTHER.items() if of == case}
 
 
@@ -116,11 +129,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs.digests.update(digest_files(runs))
     resumptions: dict[int, list[Training]] = {2: [], 3: []}
     for case in CASES:
-        old, new = (open_deepspeed(runs.checkpoint(case, step)) for step in (OLD, NEW))
-        for kind, (make, shift, stage) in merges_of(case).items():
-            ranks = case[1] if not shift else 5 - case[1]
-            plan = plan_deepspeed(make(old, new), ranks=ranks, stage=stage)
-            write_checkpoint(plan, runs.merged(case, kind))
+        for kind, (make, has_other_ranks) in merges_of(case).items():
+            ranks = 5 - case[1] if has_other_ranks else case[1]
+            make(runs.checkpoint(case, OLD), runs.checkpoint(case, NEW), runs.merged(case, kind), ranks)
             resumptions[ranks].append(runs.resumption(case, kind))
     for ranks, trainings in resumptions.items():
         run_trainings(trainings, ranks=ranks, scratch=root, timeout_secs=700)

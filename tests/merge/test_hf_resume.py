@@ -20,6 +20,7 @@ from formats.simple_writer import write_checkpoint
 from llmtailor.catalog import Catalog
 from llmtailor.formats.hf import open_hf, plan_hf
 from merge import hf_stock
+from merge.merges import merge_layers, merge_with_itself
 from tiny_models import (
     assert_same,
     build_llama,
@@ -72,16 +73,9 @@ def final(trainer: Trainer) -> dict[str, Any]:
     return {**snapshot_model(trainer.model), **snapshot_optimizer(trainer.model, optimizer), **steps}
 
 
-def parity(old: Catalog, new: Catalog) -> tuple[Catalog, dict[str, Catalog]]:
-    """Every second layer from each, the rest of the newer one; and which layer is whose."""
-    source_of = {name: (old if number % 2 else new) for number, name in enumerate(new.layers.names)}
-    fqns = {fqn: source_of[layer.name] for layer in new.layers for fqn in layer.fqns}
-    merged = replace(
-        new,
-        weights={fqn: source.weights[fqn] for fqn, source in fqns.items()},
-        states={fqn: source.states[fqn] for fqn, source in fqns.items()},
-    )
-    return merged, source_of
+def parity(old: Catalog, new: Catalog) -> dict[str, Catalog]:
+    """Every second layer from each, the rest of the newer one."""
+    return {name: (old if number % 2 else new) for number, name in enumerate(new.layers.names)}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -91,7 +85,7 @@ def test_checkpoint_merged_with_itself_trains_on_bit_for_bit(name: str, tmp_path
     train(tmp_path / "run", build(), stop=10)
     before = hf_stock.digests(source)
 
-    written = write_checkpoint(plan_hf(open_hf(source)), tmp_path / "merged" / "checkpoint-10")
+    written = merge_with_itself(source, tmp_path / "merged" / "checkpoint-10")
     resumed = train(tmp_path / "merged", build(), stop=15, start=written)
 
     straight = train(tmp_path / "straight", build(), stop=15, start=source)
@@ -108,8 +102,9 @@ def test_parity_merge_holds_the_sources_bytes_and_resumes(name: str, tmp_path: P
     old, new = open_hf(run / "checkpoint-5"), open_hf(run / "checkpoint-10")
     before = hf_stock.digests(run)
 
-    merged, source_of = parity(old, new)
-    written = write_checkpoint(plan_hf(merged), tmp_path / "merged" / "checkpoint-10")
+    source_of = parity(old, new)
+    stale = [name for name, source in source_of.items() if source is old]
+    written = merge_layers(new.path, old.path, stale, tmp_path / "merged" / "checkpoint-10")
 
     found = hf_stock.everything(written)
     by_step = {catalog.step: hf_stock.everything(catalog.path) for catalog in (old, new)}
@@ -145,7 +140,7 @@ def weights_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_state_of_the_random_generators_is_that_of_its_source(tmp_path: Path) -> None:
     source = tmp_path / "run" / "checkpoint-10"
     train(tmp_path / "run", build_llama(dropout=0.5), stop=10)
-    written = write_checkpoint(plan_hf(open_hf(source)), tmp_path / "merged" / "checkpoint-10")
+    written = merge_with_itself(source, tmp_path / "merged" / "checkpoint-10")
     straight = train(tmp_path / "straight", build_llama(dropout=0.5), stop=15, start=source)
 
     (written / "rng_state.pth").unlink()
@@ -175,7 +170,7 @@ def test_torch_file_of_weights_is_resumed_from(tmp_path: Path) -> None:
     torch.save(hf_stock.read_weights(source), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
 
-    written = write_checkpoint(plan_hf(open_hf(source)), tmp_path / "merged" / "checkpoint-10")
+    written = merge_with_itself(source, tmp_path / "merged" / "checkpoint-10")
 
     assert (written / "model.safetensors").exists()
     assert_same(final(train(tmp_path / "merged", build_llama(), stop=15, start=written)), final(straight))
@@ -185,7 +180,7 @@ def test_mixed_precision_training_is_resumed(tmp_path: Path) -> None:
     source = tmp_path / "run" / "checkpoint-10"
     train(tmp_path / "run", build_llama(), stop=10, bf16=True)
 
-    written = write_checkpoint(plan_hf(open_hf(source)), tmp_path / "merged" / "checkpoint-10")
+    written = merge_with_itself(source, tmp_path / "merged" / "checkpoint-10")
     resumed = train(tmp_path / "merged", build_llama(), stop=15, start=written, bf16=True)
 
     straight = train(tmp_path / "straight", build_llama(), stop=15, start=source, bf16=True)
@@ -197,7 +192,7 @@ def test_other_optimizers_are_resumed(optim: str, tmp_path: Path) -> None:
     source = tmp_path / "run" / "checkpoint-10"
     train(tmp_path / "run", build_qwen2(), stop=10, optim=optim)
 
-    written = write_checkpoint(plan_hf(open_hf(source)), tmp_path / "merged" / "checkpoint-10")
+    written = merge_with_itself(source, tmp_path / "merged" / "checkpoint-10")
     resumed = train(tmp_path / "merged", build_qwen2(), stop=15, start=written, optim=optim)
 
     straight = train(tmp_path / "straight", build_qwen2(), stop=15, start=source, optim=optim)
@@ -241,7 +236,7 @@ def test_checkpoint_of_two_ranks_is_resumed_by_two_ranks(tmp_path: Path) -> None
 
     launch(tmp_path / "run", 6)
     source = tmp_path / "run" / "checkpoint-4"
-    written = write_checkpoint(plan_hf(open_hf(source)), tmp_path / "merged" / "checkpoint-4")
+    written = merge_with_itself(source, tmp_path / "merged" / "checkpoint-4")
     assert {file.name for file in written.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
 
     launch(tmp_path / "merged", 6, written)

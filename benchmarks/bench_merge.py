@@ -7,7 +7,7 @@ directories of links to them, so that all are opened and parsed while the bytes 
 included on both sides. All methods take turns; the sources are not in the page cache when one begins. Peak memory is
 measured once more on checkpoints of more than 3 GB.
 
-    python benchmarks/bench_merge_formats.py [blocks] [repeats] [blocks for memory]
+    python benchmarks/bench_merge.py [blocks] [repeats] [blocks for memory]
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def measure_memory(root: Path, name: str, sources: Sequence[Path], blocks: int) 
 
 
 def main() -> None:
-    numbers = [int(text) for text in sys.argv[1:]] + [32, 5, 64][len(sys.argv) - 1 :]
+    numbers = [int(text) for text in sys.argv[1:]] + [32, 3, 64][len(sys.argv) - 1 :]
     blocks, repeats, many_blocks = numbers
     rows: dict[str, Any] = {"repeats": repeats, "blocks": blocks}
     with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIRECTORY")) as directory:
@@ -253,7 +253,7 @@ def main() -> None:
                 shutil.rmtree(root)
                 print(name, json.dumps(rows[name], indent=2), file=sys.stderr)
             shutil.rmtree(masters)
-        publish("merge_formats", rows)
+        publish("merge", rows)
 
 
 if __name__ == "__main__":
