@@ -50,11 +50,23 @@ class Call:
 
 
 @functools.cache
-def _own_names() -> frozenset[str]:
-    """Functions and classes that the package defines."""
+def _takers_of_weights_only() -> frozenset[str]:
+    """Functions and records of the package that have an argument or a field of that name."""
     trees = (ast.parse(path.read_text(), str(path)) for path in SOURCE_ROOT.rglob("*.py"))
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return frozenset(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, kinds))
+    return frozenset(
+        node.name
+        for tree in trees
+        for node in ast.walk(tree)
+        if (
+            isinstance(node, ast.FunctionDef)
+            and "weights_only" in {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)}
+        )
+        or (isinstance(node, ast.ClassDef) and any(_is_field(child, "weights_only") for child in node.body))
+    )
+
+
+def _is_field(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name
 
 
 CALL_RULES: dict[str, Callable[[Call], bool]] = {
@@ -65,7 +77,7 @@ CALL_RULES: dict[str, Callable[[Call], bool]] = {
     "weights_only must be the literal True": lambda call: (
         call.has_keyword("weights_only")
         and not call.is_keyword("weights_only", True)
-        and call.name not in _own_names() - {"load"}
+        and call.name not in _takers_of_weights_only()
     ),
     "unpickling": lambda call: (
         (call.module in _PICKLE_MODULES and call.name in _PICKLE_NAMES)
