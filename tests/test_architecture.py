@@ -28,6 +28,7 @@ LEVELS = {
     "optimizer_values": 1,
     "recipe": 1,
     "state_keys": 1,
+    "state_tree": 1,
     "tensor_bytes": 1,
     "tensor_refs": 1,
     "catalog": 2,

@@ -13,17 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
 
 from .layers import LayerMap, map_names
 from .manifest import FileRecord
+from .state_tree import Note
 from .tensor_refs import CastTensor, TensorRef
 from .tensors import TensorMeta
 
-__all__ = ["Catalog", "GroupRef", "Note", "OptimizerRef", "SmallFile", "StateRef", "weights_to_train"]
-
-Note: TypeAlias = str | dict[str, Any]
-"""What a tensor cannot say of an optimizer's value; see ``optimizer_values.Note`` and the specification, section 3."""
+__all__ = ["Catalog", "GroupRef", "OptimizerRef", "SmallFile", "StateRef", "weights_to_train"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

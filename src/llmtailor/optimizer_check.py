@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from .errors import IncompatibleError
 from .optimizer_state import ParameterGroup, ParameterNames, named_groups, optimizer_class
-from .optimizer_values import Note, check_leaves, decode_option, flatten_state
+from .optimizer_values import check_leaves, decode_option, flatten_state
+from .state_tree import Note
 from .tensor_bytes import meta_of
 from .tensors import TensorMeta
 

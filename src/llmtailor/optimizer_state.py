@@ -24,7 +24,8 @@ import torch
 from torch.optim import Optimizer
 
 from .errors import IncompatibleError, UnsupportedError
-from .optimizer_values import Note, decode_option, encode_option, flatten_state, restore_state
+from .optimizer_values import decode_option, encode_option, flatten_state, restore_state
+from .state_tree import Note
 from .tensor_bytes import why_not_plain
 
 __all__ = [

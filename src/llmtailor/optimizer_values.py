@@ -18,31 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias, TypeVar
-from urllib.parse import unquote
+from typing import Any
 
 import numpy as np
 import torch
 
 from .errors import FormatError, UnsupportedError
+from .state_tree import MAX_DEPTH, NUMBERS, Note, assemble, escape, require_number
 from .tensor_bytes import dtype_name, meta_of, torch_dtype, why_not_plain
 from .tensors import TensorMeta
 
-__all__ = ["Note", "check_leaves", "decode_option", "encode_option", "flatten_state", "restore_state"]
-
-Note: TypeAlias = str | dict[str, Any]
-"""``"int"``, ``"float"``, ``"bool"``: the leaf was a Python number. ``"none"``. ``{"str": text}``.
-``{"dict": [key, ...]}``, ``{"list": length}``, ``{"tuple": length}``: a container of the paths below this one."""
-
-_Leaf = TypeVar("_Leaf")
-
-# Python numbers by the note that tells them from tensors; 0-dim.
-_NUMBERS = {
-    "bool": TensorMeta(dtype="BOOL", shape=()),
-    "int": TensorMeta(dtype="I64", shape=()),
-    "float": TensorMeta(dtype="F64", shape=()),
-}
-_MAX_DEPTH = 32  # bounds the recursion on a value that holds itself and on a hostile path
+__all__ = ["check_leaves", "decode_option", "encode_option", "flatten_state", "restore_state"]
 
 
 def flatten_state(state: Mapping[Any, object], fqn: str) -> tuple[dict[str, torch.Tensor], dict[str, Note]]:
@@ -78,8 +64,8 @@ def _walk(path: str, value: object, fqn: str) -> Iterator[tuple[str, object]]:
     """Every path with its value, containers before what is in them; without the root."""
     if path:
         yield path, value
-    if path.count("/") >= _MAX_DEPTH:
-        raise _refuse(path[:200], fqn, f"containers nested more than {_MAX_DEPTH} deep")
+    if path.count("/") >= MAX_DEPTH:
+        raise _refuse(path[:200], fqn, f"containers nested more than {MAX_DEPTH} deep")
     children: Iterable[tuple[Any, object]] = ()
     if type(value) is dict:
         children = value.items()
@@ -88,7 +74,7 @@ def _walk(path: str, value: object, fqn: str) -> Iterator[tuple[str, object]]:
     for key, child in children:
         if type(key) is not str or not key:
             raise _refuse(path, fqn, f"the name {key!r}, {_type_name(key)}")
-        yield from _walk(f"{path}/{_escape(key)}" if path else _escape(key), child, fqn)
+        yield from _walk(f"{path}/{escape(key)}" if path else escape(key), child, fqn)
 
 
 def _note_of(path: str, value: object, fqn: str) -> Note:
@@ -111,7 +97,7 @@ def _number_tensor(path: str, value: bool | int | float, fqn: str) -> torch.Tens
     kind = type(value)
     if kind is int and not -(2**63) <= value < 2**63:
         raise _refuse(path, fqn, "an int of more than 64 bits")
-    return torch.tensor(value, dtype=torch_dtype(_NUMBERS[kind.__name__].dtype))
+    return torch.tensor(value, dtype=torch_dtype(NUMBERS[kind.__name__].dtype))
 
 
 def _refuse(path: str, fqn: str, found: str) -> UnsupportedError:
@@ -145,10 +131,10 @@ def restore_state(
     def make(path: str, leaf: torch.Tensor, note: Note | None) -> object:
         if note is None:
             return place(path, leaf)
-        _require_number(path, meta_of(leaf), note, fqn)
+        require_number(path, meta_of(leaf), note, fqn)
         return leaf.item()
 
-    return _assemble(leaves, notes, fqn, make)
+    return assemble(leaves, notes, fqn, make)
 
 
 def check_leaves(metas: Mapping[str, TensorMeta], notes: Mapping[str, Note], fqn: str) -> None:
@@ -160,86 +146,9 @@ def check_leaves(metas: Mapping[str, TensorMeta], notes: Mapping[str, Note], fqn
 
     def make(path: str, meta: TensorMeta, note: Note | None) -> None:
         if note is not None:
-            _require_number(path, meta, note, fqn)
+            require_number(path, meta, note, fqn)
 
-    _assemble(metas, notes, fqn, make)
-
-
-def _require_number(path: str, meta: TensorMeta, note: Note, fqn: str) -> None:
-    if not isinstance(note, str) or _NUMBERS.get(note) != meta:
-        raise _misfit(path, fqn, f"the tensor of a Python number, for the note {note!r}", str(meta))
-
-
-def _assemble(
-    leaves: Mapping[str, _Leaf],
-    notes: Mapping[str, Note],
-    fqn: str,
-    make: Callable[[str, _Leaf, Note | None], object],
-) -> dict[str, Any]:
-    children = _children_by_path([*leaves, *notes], fqn)
-
-    def build(path: str) -> object:
-        below = children.get(path, {})
-        if path in leaves:
-            if below:
-                raise _misfit(path, fqn, "a tensor or a container", "both")
-            return make(path, leaves[path], notes.get(path))
-        kind, content = _read_note(path, notes.get(path, {"dict": [unquote(name) for name in below]}), below, fqn)
-        if kind == "dict":
-            return {key: build(below[_escape(key)]) for key in content}
-        if kind in ("list", "tuple"):
-            items = [build(below[str(index)]) for index in range(content)]
-            return items if kind == "list" else tuple(items)
-        return content
-
-    return {unquote(name): build(path) for name, path in children.get("", {}).items()}
-
-
-def _read_note(path: str, note: Note, below: Mapping[str, str], fqn: str) -> tuple[str, Any]:
-    """Kind and content of the note of a value without a tensor, checked against the names below it."""
-    if note == "none" and not below:
-        return "none", None
-    match note:
-        case {"str": str(text), **rest} if not rest and not below:
-            return "str", text
-        case {"dict": list(keys), **rest} if not rest and all(isinstance(key, str) for key in keys):
-            if sorted(map(_escape, keys)) == sorted(below):
-                return "dict", keys
-        case {"list": int(length), **rest} | {"tuple": int(length), **rest} if not rest and length == len(below):
-            if all(str(index) in below for index in range(length)):
-                return next(iter(note)), length
-    found = f"{sorted(below)} below it" if below else "nothing below it"
-    raise _misfit(path, fqn, f"what its note {note!r} says", found)
-
-
-def _children_by_path(paths: list[str], fqn: str) -> dict[str, dict[str, str]]:
-    """Container path -> name -> path, in the order of the paths; the state itself is the container ''."""
-    children: dict[str, dict[str, str]] = {}
-    for path in paths:
-        if not path or path.count("/") >= _MAX_DEPTH or "" in path.split("/"):
-            raise _misfit(path[:200], fqn, f"names joined by /, at most {_MAX_DEPTH}", "another path")
-        rest = path
-        while rest:
-            parent, _, name = rest.rpartition("/")
-            children.setdefault(parent, {})[name] = rest
-            rest = parent
-    return children
-
-
-def _misfit(path: str, fqn: str, expected: str, found: str) -> FormatError:
-    return FormatError(
-        f"optimizer state {path!r} cannot be put together: tensors and notes do not fit",
-        kind="optimizer-notes",
-        fqn=fqn,
-        expected=expected,
-        found=found[:500],
-        hint="llmtailor verify tells whether the file was damaged",
-    )
-
-
-def _escape(name: str) -> str:
-    # '.' too, so that the last one in "state.<fqn>.<path>" ends the fqn.
-    return name.replace("%", "%25").replace("/", "%2F").replace(".", "%2E")
+    assemble(metas, notes, fqn, make)
 
 
 def encode_option(value: object) -> object:
