@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from faults import open_descriptors
-from llmtailor.assembly import reading, transfer
+from llmtailor.assembly import reading
+from llmtailor.storage import direct_file
 from mounts import Mounts
 
 
@@ -29,4 +30,4 @@ def _small_things_too(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     """Treat a few kilobytes as gigabytes are treated."""
     nbytes = 1 if request.param == "around the page cache" else 2**62
     monkeypatch.setattr(reading, "_MIN_DIRECT_NBYTES", nbytes)
-    monkeypatch.setattr(transfer, "_MIN_DIRECT_NBYTES", nbytes)
+    monkeypatch.setattr(direct_file, "_MIN_DIRECT_NBYTES", nbytes)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 from faults import FaultyFileSystem, open_descriptors, save_fake, staged_names
 from llmtailor.errors import AlreadyExistsError, IntegrityError, NotFoundError, WriteError
 from llmtailor.manifest import MANIFEST_NAME, FileRecord, digest_of
-from llmtailor.storage import RunDirectory, StagedCheckpoint, staging
+from llmtailor.storage import ALIGNMENT, RunDirectory, StagedCheckpoint, pad, staging
 from llmtailor.storage.staging import translate_os_errors
 
 
@@ -73,28 +74,38 @@ def test_errors_of_ours_stay_what_they_are(cls: Any) -> None:
 # Files
 
 
+def write_file(staged: StagedCheckpoint, name: str, content: bytes) -> FileRecord:
+    file = staged.create_file(name, len(content))
+    buffer = memoryview(mmap.mmap(-1, max(1, pad(len(content)))))
+    buffer[: len(content)] = content
+    for start in range(0, len(content), 2 * ALIGNMENT):
+        nbytes = min(2 * ALIGNMENT, len(content) - start)
+        file.write(buffer[start : start + pad(nbytes)], start, nbytes)
+    return file.finish(digest_of(content))
+
+
 def test_write_file_records_what_it_was_given(staged: StagedCheckpoint) -> None:
-    record = staged.write_file("optimizer/a", chunks(b"one ", b"", b"two"), 7)
+    record = write_file(staged, "optimizer/a", b"one two")
     assert record == FileRecord(path="optimizer/a", bytes=7, digest=digest_of(b"one two"))
     assert (staged.path / "optimizer/a").read_bytes() == b"one two"
     assert (staged.path / "optimizer/a").stat().st_mode & 0o777 == 0o444
 
 
 def test_write_file_of_nothing(staged: StagedCheckpoint) -> None:
-    assert staged.write_file("empty", [], 0).bytes == 0
+    assert write_file(staged, "empty", b"").bytes == 0
 
 
 def test_write_file_goes_on_after_a_short_write(staged: StagedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, buffer: write(descriptor, buffer[: max(1, len(buffer) // 3)]))
-    staged.write_file("a", chunks(b"x" * 1000, b"y" * 77), 1077)
+    write_file(staged, "a", b"x" * 1000 + b"y" * 77)
     assert (staged.path / "a").read_bytes() == b"x" * 1000 + b"y" * 77
 
 
 def test_write_file_refuses_a_name_that_is_taken(staged: StagedCheckpoint) -> None:
     (staged.path / "a").write_text("somebody was faster")
     with pytest.raises(WriteError) as caught:
-        staged.write_file("a", chunks(b"x"), 1)
+        write_file(staged, "a", b"x")
     assert caught.value.kind == "io"
     assert (staged.path / "a").read_text() == "somebody was faster"
 
@@ -102,7 +113,7 @@ def test_write_file_refuses_a_name_that_is_taken(staged: StagedCheckpoint) -> No
 def test_write_file_follows_no_symlink(staged: StagedCheckpoint, tmp_path: Path) -> None:
     (staged.path / "a").symlink_to(tmp_path / "outside")
     with pytest.raises(WriteError):
-        staged.write_file("a", chunks(b"x"), 1)
+        write_file(staged, "a", b"x")
     assert not (tmp_path / "outside").exists()
 
 
@@ -111,7 +122,7 @@ def test_many_files_do_not_stay_open(run: RunDirectory, monkeypatch: pytest.Monk
     staged = run.stage(10, 0, 0)
     before = len(open_descriptors())
     for number in range(30):
-        staged.write_file(str(number), chunks(b"x"), 1)
+        write_file(staged, str(number), b"x")
         assert len(open_descriptors()) <= before + 8
     staged.abandon()
     assert len(open_descriptors()) <= before
@@ -236,7 +247,7 @@ def test_link_file_of_a_failing_device(staged: StagedCheckpoint, source: Path, m
 
 
 def test_adopt_rest_takes_in_what_others_wrote(staged: StagedCheckpoint) -> None:
-    staged.write_file("mine", chunks(b"x"), 1)
+    write_file(staged, "mine", b"x")
     (staged.path / "b" / "c").mkdir(parents=True)
     (staged.path / "b" / "c" / "deep").write_bytes(b"deep")
     (staged.path / "a.json").write_bytes(b"{}")

@@ -6,28 +6,16 @@ an aligned bounce buffer and copied from there, which costs a tenth of what the 
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
-import random
 from collections.abc import Sequence
 
+from ..storage import ALIGNMENT, aligned_buffer, pad, read_buffered, read_cached, read_direct
 from .segments import Copy, Read, plan_reads
 from .sources import OpenSource, SourceFiles, changed
 
 __all__ = ["ALIGNMENT", "Reader", "aligned_buffer"]
 
-# Memory, offset and size of what goes around the page cache: the block size of every usual device divides it.
-ALIGNMENT = 4096
 # Below this the page cache's read-ahead is worth more than the detour.
 _MIN_DIRECT_NBYTES = 128 * 2**10
-# What RWF_NOWAIT says where the page cache does not hold the bytes, or the file system does not know the flag.
-_NOT_CACHED = frozenset({errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
-
-
-def aligned_buffer(nbytes: int) -> memoryview:
-    """Fresh memory that starts at a page; costs nothing until it is touched."""
-    return memoryview(mmap.mmap(-1, nbytes))
 
 
 class Reader:
@@ -91,7 +79,7 @@ class Reader:
         """Bytes of a file, in the bounce buffer."""
         lead = offset % ALIGNMENT
         if nbytes >= _MIN_DIRECT_NBYTES and source.direct is not None:
-            padded = _pad(lead + nbytes)
+            padded = pad(lead + nbytes)
             if _read_direct(source, offset - lead, self._bounce[:padded], lead + nbytes):
                 return self._bounce[lead : lead + nbytes]
         view = self._bounce[:nbytes]
@@ -99,65 +87,23 @@ class Reader:
         return view
 
 
-def _pad(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 def _read_cached(source: OpenSource, offset: int, view: memoryview) -> int:
-    """Read what the page cache holds from here on, as far as it goes without a gap.
-
-    Asking for a page that is not there makes the kernel read ahead as much as was asked for, and the page that was
-    asked for stays in the cache. So it is asked for one page first, at a place that no earlier merge has asked for.
-
-    Returns:
-        How many bytes were read.
-
-    Source: Linux 6.18, mm/filemap.c (filemap_get_pages): with IOCB_NOWAIT the read-ahead is started, not waited for.
-    """
+    """Read what the page cache holds from here on; all of it where that is no detour."""
     if view.nbytes < _MIN_DIRECT_NBYTES or source.direct is None:
         _read_buffered(source, offset, view)
         return view.nbytes
-    somewhere = random.randrange(view.nbytes)
-    done = 0
-    try:
-        if os.preadv(source.descriptor, [view[:1]], offset + somewhere, os.RWF_NOWAIT) != 1:
-            return 0
-        while done < view.nbytes and (got := os.preadv(source.descriptor, [view[done:]], offset + done, os.RWF_NOWAIT)):
-            done += got
-    except OSError as err:
-        if err.errno not in _NOT_CACHED:
-            raise
-    return done
+    return read_cached(source.descriptor, offset, view)
 
 
 def _read_direct(source: OpenSource, offset: int, view: memoryview, needed: int) -> bool:
-    """Fill aligned memory from an aligned offset; all but the first ``needed`` bytes may lie after the file's end.
-
-    Returns:
-        False if the file system cannot, after all.
-    """
+    """Fill aligned memory from an aligned offset; False if the file system cannot, after all."""
     assert source.direct is not None
-    done = 0
-    while done < needed:
-        try:
-            got = os.preadv(source.direct, [view[done:]], offset + done)
-        except OSError as err:
-            if err.errno != errno.EINVAL:
-                raise
-            return False
-        if not got:
-            raise changed(source.path)
-        # What ends inside a block ends at the end of the file, or has to be asked for again from the block's start.
-        done = done + got if done + got >= needed else (done + got) // ALIGNMENT * ALIGNMENT
-        if not got // ALIGNMENT and done < needed:
-            raise changed(source.path)
-    return True
+    done = read_direct(source.direct, offset, view, needed)
+    if done is not None and done < needed:
+        raise changed(source.path)
+    return done is not None
 
 
 def _read_buffered(source: OpenSource, offset: int, view: memoryview) -> None:
-    done = 0
-    while done < view.nbytes:
-        got = os.preadv(source.descriptor, [view[done:]], offset + done)
-        if not got:
-            raise changed(source.path)
-        done += got
+    if read_buffered(source.descriptor, offset, view) < view.nbytes:
+        raise changed(source.path)

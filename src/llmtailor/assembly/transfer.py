@@ -8,7 +8,6 @@ thread's hands. Reads and writes are large, aligned and around the page cache; a
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import threading
 import time
@@ -20,12 +19,12 @@ from typing import Any
 import xxhash
 
 from ..file_plan import FilePlan, FileRange, Part, WrittenFile
-from ..storage import LocalFileSystem, OutputDirectory
+from ..storage import ALIGNMENT, DirectFile, LocalFileSystem, OutputDirectory
 from ..storage.staging import translate_os_errors
 from ..tensors import ByteRange
 from .arithmetic import compute
 from .checksums import CrcSums
-from .reading import ALIGNMENT, Reader, aligned_buffer
+from .reading import Reader, aligned_buffer
 from .segments import Chunk, Computed, Copy, Literal, Padding, cut_chunks, segments_of
 from .sources import SourceFiles
 
@@ -34,8 +33,6 @@ __all__ = ["CHUNK_NBYTES", "NewFile", "Transfer"]
 CHUNK_NBYTES = 8 * 2**20
 # Bytes of a chunk for each element that is computed at a time: 2^18 elements, whose temporaries are some 8 MB.
 _COMPUTED_SHARE = 32
-# One page of the cache or one block of the disk more or less makes no difference below this.
-_MIN_DIRECT_NBYTES = 64 * 2**10
 # Sharing blocks costs two commits of the journal; a small file is copied in less.
 _MIN_CLONE_NBYTES = 2**20
 # What sharing blocks is refused with: by the file system, across two of them, or for a size that fits no block.
@@ -54,8 +51,7 @@ class NewFile:
 
     plan: FilePlan
     nbytes: int
-    descriptor: int
-    is_direct: bool
+    direct: DirectFile
     is_cloned: bool
     """Its bytes are there already; they are only read, for the digest."""
     crcs: CrcSums | None
@@ -217,14 +213,9 @@ class Transfer:
         if is_cloned:
             parts = (FileRange(path=path, byte_range=ByteRange(start=0, end=nbytes)),)
         with translate_os_errors("reserve room for a file", path):
-            is_direct = nbytes >= _MIN_DIRECT_NBYTES and not is_cloned and self._set_direct(descriptor)
-            if nbytes and not is_cloned:
-                self._filesystem.allocate(descriptor, _pad(nbytes) if is_direct else nbytes)
+            direct = DirectFile(self._filesystem, descriptor, 0 if is_cloned else nbytes)
         crcs = CrcSums(plan.crc_patches) if plan.crc_patches else None
-        file = NewFile(
-            plan=plan, nbytes=nbytes, descriptor=descriptor, is_direct=is_direct, is_cloned=is_cloned, crcs=crcs
-        )
-        return file, parts
+        return NewFile(plan=plan, nbytes=nbytes, direct=direct, is_cloned=is_cloned, crcs=crcs), parts
 
     def _clone(self, plan: FilePlan, descriptor: int) -> bool:
         """Share the blocks of a file that is taken over whole, where the file system can."""
@@ -243,15 +234,6 @@ class Transfer:
                     raise
                 self._can_clone = False
         return self._can_clone
-
-    def _set_direct(self, descriptor: int) -> bool:
-        try:
-            self._filesystem.set_direct(descriptor, True)
-        except OSError as err:
-            if err.errno != errno.EINVAL:
-                raise
-            return False
-        return True
 
     def _fill(self, chunk: Chunk, buffer: memoryview, reader: Reader) -> None:
         copies = [segment for segment in chunk.segments if isinstance(segment, Copy)]
@@ -288,20 +270,7 @@ class Transfer:
 
     def _write(self, file: NewFile, chunk: Chunk, buffer: memoryview) -> None:
         with translate_os_errors("write a file of a checkpoint", self._output.path_of(file.plan.name)):
-            if file.is_direct:
-                try:  # with what is in the buffer after the chunk's end; ``_finish`` cuts it off
-                    self._filesystem.write_at(file.descriptor, buffer[: _pad(chunk.nbytes)], chunk.start)
-                except OSError as err:
-                    if err.errno != errno.EINVAL:
-                        raise
-                else:
-                    return
-                # The file system takes the flag and refuses the write. Several threads may find out at once.
-                self._filesystem.set_direct(file.descriptor, False)
-            if chunk.nbytes:
-                self._filesystem.write_at(file.descriptor, buffer[: chunk.nbytes], chunk.start)
-                with contextlib.suppress(OSError):  # only a hint
-                    self._filesystem.start_writeback(file.descriptor, chunk.start, chunk.nbytes)
+            file.direct.write(buffer, chunk.start, chunk.nbytes)
 
     def _end(self, file: NewFile, chunk: Chunk) -> None:
         """Note that a chunk is done; the last one ends the file."""
@@ -315,18 +284,10 @@ class Transfer:
 
     def _finish(self, file: NewFile) -> None:
         with translate_os_errors("write a file of a checkpoint", self._output.path_of(file.plan.name)):
-            late = file.crcs.late if file.crcs is not None else {}
-            if file.is_direct:
-                self._filesystem.set_direct(file.descriptor, False)
-            for offset, crc in sorted(late.items()):
-                self._filesystem.write_at(file.descriptor, memoryview(crc.to_bytes(4, "little")), offset)
-            if file.is_direct and file.nbytes % ALIGNMENT:
-                self._filesystem.truncate(file.descriptor, file.nbytes)
+            for offset, crc in sorted(file.crcs.late.items() if file.crcs is not None else ()):
+                file.direct.patch(memoryview(crc.to_bytes(4, "little")), offset)
+            file.direct.finish()
         with self._claiming:
-            self._output.finish(file.descriptor)
+            self._output.finish(file.direct.descriptor)
         with self._turn:
             self._written.append(file.record)
-
-
-def _pad(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

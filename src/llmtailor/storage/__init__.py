@@ -1,5 +1,7 @@
 """Where checkpoints live: the local directory, its lock, and the publish protocol."""
 
+from .direct_file import ALIGNMENT, DirectFile, pad
+from .file_reading import FileReader, aligned_buffer, read_buffered, read_cached, read_direct, read_files
 from .filesystem import FreeSpace, LocalFileSystem
 from .lock import RunLock
 from .output_directory import OutputDirectory
@@ -14,11 +16,14 @@ from .run_directory import (
     list_set_aside,
     newest_step_seen,
 )
-from .staging import StagedCheckpoint
+from .staging import StagedCheckpoint, StagedFile
 
 __all__ = [
+    "ALIGNMENT",
     "STAGING_NAME",
     "CheckpointEntry",
+    "DirectFile",
+    "FileReader",
     "FreeSpace",
     "LocalFileSystem",
     "OutputDirectory",
@@ -26,9 +31,16 @@ __all__ = [
     "RunLock",
     "SetAsideEntry",
     "StagedCheckpoint",
+    "StagedFile",
+    "aligned_buffer",
     "checkpoint_name",
     "list_attempts",
     "list_checkpoints",
     "list_set_aside",
     "newest_step_seen",
+    "pad",
+    "read_buffered",
+    "read_cached",
+    "read_direct",
+    "read_files",
 ]

@@ -57,7 +57,6 @@ class OutputDirectory(StagedCheckpoint):
     def __init__(self, target: Path, *, nbytes: int, num_files: int, filesystem: LocalFileSystem | None = None) -> None:
         self._filesystem = filesystem or LocalFileSystem()
         self._target = Path(os.path.abspath(target))
-        self._unfinished: set[int] = set()
         self._new_parents: list[Path] = []
         self._place = self._target.parent
         self._lock: int | None = None
@@ -217,10 +216,6 @@ class OutputDirectory(StagedCheckpoint):
     def abandon(self) -> None:
         """Give up: close and remove everything. Never raises; what cannot be removed is swept by the next writer."""
         try:
-            for descriptor in self._unfinished:
-                with contextlib.suppress(OSError):
-                    self._filesystem.close(descriptor)
-            self._unfinished.clear()
             super().abandon()
         finally:
             self._remove_claim()

@@ -16,17 +16,17 @@ import os
 import re
 import secrets
 import stat
-import warnings
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import NotFoundError, SupersededWarning, WriteError
+from ..errors import NotFoundError, SupersededWarning, TailorWarning, WriteError
 from ..manifest import MANIFEST_NAME
 from .filesystem import LocalFileSystem
 from .lock import RunLock
-from .staging import StagedCheckpoint, translate_os_errors
+from .staging import StagedCheckpoint, translate_os_errors, warn
 
 __all__ = [
     "STAGING_NAME",
@@ -160,15 +160,33 @@ def _free_name(path: Path, suffix: str) -> Path:
 class RunDirectory:
     """The one writer of a run. Holds the run's lock until ``close``.
 
+    One thread may stage while another fills, publishes and removes.
+
+    Args:
+        path: The run; made if it is not there.
+        filesystem: What carries out the changes.
+        on_warning: Told of what a user should know; warns at once by default, which a thread of ours must not do: where
+            warnings are errors, it would raise in the middle of a publish.
+
     Raises:
         LockedError: Another process writes this run.
         WriteError: The directory cannot be made or written.
     """
 
-    def __init__(self, path: Path, filesystem: LocalFileSystem | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        filesystem: LocalFileSystem | None = None,
+        *,
+        on_warning: Callable[[TailorWarning], None] = warn,
+    ) -> None:
         self.path = path
+        self._on_warning = on_warning
         self._filesystem = filesystem or LocalFileSystem()
         self._staging = path / STAGING_NAME
+        self._mutex = threading.Lock()
+        self._live: set[str] = set()
+        """What in the staging directory is in use by this object."""
         with translate_os_errors("make the run's directory", path):
             self._make_directories(self._staging)
         self._lock = RunLock(self._staging / _LOCK_NAME)
@@ -197,10 +215,10 @@ class RunDirectory:
     def _sweep(self) -> None:
         """Remove what dead writers left, and attempts of ours that could not clean up.
 
-        We hold the lock and make one attempt at a time, so nobody live owns any of it.
+        We hold the lock, so nobody live owns any of it but what is noted in ``_live``.
         """
-        with translate_os_errors("sweep what dead writers left", self._staging):
-            names = [name for name in os.listdir(self._staging) if name != _LOCK_NAME]
+        with self._mutex, translate_os_errors("sweep what dead writers left", self._staging):
+            names = [name for name in os.listdir(self._staging) if name != _LOCK_NAME and name not in self._live]
         if not names:
             return
         try:
@@ -213,7 +231,7 @@ class RunDirectory:
                 self._filesystem.remove_tree(self._staging / name)
 
     def stage(self, step: int, nbytes: int, num_files: int) -> StagedCheckpoint:
-        """Start an attempt at a checkpoint; the one before must be published or abandoned.
+        """Start an attempt at a checkpoint; ``publish`` or ``abandon`` ends it.
 
         Args:
             step: Its step.
@@ -231,8 +249,29 @@ class RunDirectory:
             raise self._no_room(step, f"{nbytes + _SPARE_NBYTES} bytes free", f"{free.nbytes} bytes free")
         if free.inodes is not None and free.inodes < num_files + _SPARE_INODES:
             raise self._no_room(step, f"{num_files + _SPARE_INODES} inodes free", f"{free.inodes} inodes free")
-        attempt = self._staging / f"{step}-{secrets.token_hex(8)}"
-        return StagedCheckpoint(self._filesystem, attempt, self.path / checkpoint_name(step))
+        attempt = self._claim(f"{step}-{secrets.token_hex(8)}")
+        try:
+            return StagedCheckpoint(self._filesystem, attempt, self.path / checkpoint_name(step), self._on_warning)
+        except BaseException:
+            self._release(attempt)
+            raise
+
+    def _claim(self, name: str) -> Path:
+        """A name in the staging directory that no sweep takes away."""
+        with self._mutex:
+            self._live.add(name)
+        return self._staging / name
+
+    def _release(self, path: Path) -> None:
+        with self._mutex:
+            self._live.discard(path.name)
+
+    def abandon(self, staged: StagedCheckpoint) -> None:
+        """Give an attempt up. Never raises; what cannot be removed is swept by the next attempt or writer."""
+        try:
+            staged.abandon()
+        finally:
+            self._release(staged.attempt)
 
     def _check_held(self) -> None:
         if not self._lock.is_held:
@@ -255,19 +294,17 @@ class RunDirectory:
             hint="free space, or keep fewer checkpoints; older ones were not touched",
         )
 
-    def publish(self, staged: StagedCheckpoint, manifest: bytes, step: int, *, is_first: bool) -> Path:
-        """Publish an attempt and make its name durable; when this returns, the checkpoint is acknowledged.
+    def publish(self, staged: StagedCheckpoint, step: int, *, is_first: bool) -> Path:
+        """Publish a sealed attempt and make its name durable; when this returns, the checkpoint is acknowledged.
 
         Args:
-            staged: The attempt, filled.
-            manifest: The content of its manifest.
+            staged: The attempt, sealed.
             step: Its step.
             is_first: It follows no checkpoint of this directory, so all that are there are of other runs.
 
         Raises:
             WriteError: It is not acknowledged; older checkpoints are as they were.
         """
-        staged.seal(manifest)
         superseded = self._choose_superseded(step, is_first=is_first)
         try:
             self._move(superseded)
@@ -275,15 +312,34 @@ class RunDirectory:
         except BaseException:
             self._move_back(superseded)
             raise
+        self._release(staged.attempt)
         with translate_os_errors("make a checkpoint's name durable", published):
             self._filesystem.fsync_directory(self.path)
-        for path, target in superseded.items():
-            warnings.warn(
-                f"{path.name} is of another run or branch; kept as {target.name}, remove it if not needed",
-                SupersededWarning,
-                stacklevel=2,
-            )
+        self._tell_superseded(superseded)
         return published
+
+    def supersede(self, step: int, *, is_first: bool) -> None:
+        """Set aside what a checkpoint of this step will supersede, before it comes; arguments as of ``publish``.
+
+        Raises:
+            WriteError: Something could not be renamed.
+        """
+        self._check_held()
+        superseded = self._choose_superseded(step, is_first=is_first)
+        try:
+            self._move(superseded)
+        except BaseException:
+            self._move_back(superseded)
+            raise
+        self._tell_superseded(superseded)
+
+    def _tell_superseded(self, superseded: Mapping[Path, Path]) -> None:
+        for path, target in superseded.items():
+            self._on_warning(
+                SupersededWarning(
+                    f"{path.name} is of another run or branch; kept as {target.name}, remove it if not needed"
+                )
+            )
 
     def _choose_superseded(self, step: int, *, is_first: bool) -> dict[Path, Path]:
         """Checkpoints that resume must not find any more, and the names they get.
@@ -335,11 +391,14 @@ class RunDirectory:
             WriteError: Its name could not be taken away, or not all of its files (then the next writer sweeps them).
         """
         self._check_held()
-        doomed = self._staging / f"remove-{path.name}-{secrets.token_hex(8)}"
-        with translate_os_errors(f"remove {path.name}", path):
-            self._filesystem.rename(path, doomed)
-            self._filesystem.fsync_directory(self.path)
-            self._filesystem.remove_tree(doomed)
+        doomed = self._claim(f"remove-{path.name}-{secrets.token_hex(8)}")
+        try:
+            with translate_os_errors(f"remove {path.name}", path):
+                self._filesystem.rename(path, doomed)
+                self._filesystem.fsync_directory(self.path)
+                self._filesystem.remove_tree(doomed)
+        finally:
+            self._release(doomed)
 
     def close(self) -> None:
         """Let other writers in; more than once is fine."""

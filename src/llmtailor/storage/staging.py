@@ -1,6 +1,6 @@
 """One attempt at a checkpoint: new files and links in a private directory, made durable, then published by a rename.
 
-    open -- write_file | link_file | adopt_rest --> filled -- seal --> durable -- publish --> published
+    open -- create_file | link_file | adopt_rest --> filled -- seal --> durable -- publish --> published
       \\______________________________ abandon ________________________________/--> gone
 
 Whatever goes wrong ends the attempt: nothing is retried, no file is fsynced twice, nothing older was touched.
@@ -13,19 +13,21 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
 import xxhash
 
-from ..errors import IntegrityError, LinkFallbackWarning, NotFoundError, TailorError, WriteError
+from ..errors import IntegrityError, LinkFallbackWarning, NotFoundError, TailorError, TailorWarning, WriteError
 from ..manifest import MANIFEST_NAME, FileRecord
+from .direct_file import DirectFile
 from .filesystem import LocalFileSystem
 
-__all__ = ["StagedCheckpoint", "translate_os_errors"]
+__all__ = ["StagedCheckpoint", "StagedFile", "translate_os_errors"]
 
 # Files wait open for one batch of fsyncs; this bounds how many.
 _MAX_OPEN_FILES = 256
@@ -84,18 +86,69 @@ def _check_source(record: FileRecord, source: Path) -> None:
         )
 
 
+def warn(warning: TailorWarning) -> None:
+    """Tell the user at once; for threads of the user's alone."""
+    warnings.warn(warning, stacklevel=4)
+
+
+class StagedFile:
+    """A file of an attempt, filled piece by piece; made by ``StagedCheckpoint.create_file``.
+
+    ``write`` may be called by any thread, in any order; ``finish`` once, when all is written.
+    """
+
+    def __init__(self, staged: StagedCheckpoint, name: str, direct: DirectFile, nbytes: int) -> None:
+        self._staged = staged
+        self._direct = direct
+        self._name = name
+        self._nbytes = nbytes
+
+    def write(self, buffer: memoryview, offset: int, nbytes: int) -> None:
+        """Write a piece; buffer, offset and size as ``DirectFile.write`` takes them.
+
+        Raises:
+            WriteError: The attempt must be abandoned.
+        """
+        with translate_os_errors("write a file of a checkpoint", self._staged.path / self._name):
+            self._direct.write(buffer, offset, nbytes)
+
+    def finish(self, digest: str) -> FileRecord:
+        """Hand the file back, to be made durable with the others.
+
+        Args:
+            digest: Of its bytes as they were handed over, not of what a page cache says later.
+
+        Raises:
+            WriteError: The attempt must be abandoned.
+        """
+        with translate_os_errors("write a file of a checkpoint", self._staged.path / self._name):
+            self._direct.finish()
+        self._staged._take_back(self._direct.descriptor)
+        return FileRecord(path=self._name, bytes=self._nbytes, digest=digest)
+
+
 class StagedCheckpoint:
     """An attempt at ``checkpoint-<step>``, invisible to readers until ``publish``.
 
-    Made by ``RunDirectory.stage``. Not thread-safe. ``path`` is where a trainer may put small files of its own;
-    ``adopt_rest`` takes them in.
+    Made by ``RunDirectory.stage``. Files may be created and finished by several threads; everything else is for one.
+    ``path`` is where a trainer may put small files of its own; ``adopt_rest`` takes them in.
     """
 
-    def __init__(self, filesystem: LocalFileSystem, attempt: Path, target: Path) -> None:
+    def __init__(
+        self,
+        filesystem: LocalFileSystem,
+        attempt: Path,
+        target: Path,
+        on_warning: Callable[[TailorWarning], None] = warn,
+    ) -> None:
         self._filesystem = filesystem
-        self._attempt = attempt
+        self._on_warning = on_warning
+        self.attempt = attempt
         self._target = target
+        self._mutex = threading.Lock()
         self._open_files: list[int] = []
+        """Finished, to be made durable."""
+        self._unfinished: set[int] = set()
         self._directories: set[Path] = set()
         self._names: set[str] = set()
         self.path = attempt / target.name
@@ -107,38 +160,31 @@ class StagedCheckpoint:
             self.abandon()
             raise
 
-    def write_file(self, name: str, chunks: Iterable[memoryview], nbytes: int) -> FileRecord:
-        """Write a new file.
+    def create_file(self, name: str, nbytes: int) -> StagedFile:
+        """Make a new file and reserve its room.
 
         Args:
             name: Relative to the checkpoint, with forward slashes.
-            chunks: Its bytes in order; each is used before the next is asked for.
-            nbytes: How many they are.
-
-        Returns:
-            Its record; the digest is that of the bytes handed over, not of what a page cache says later.
+            nbytes: What it will hold.
 
         Raises:
-            WriteError: Nothing was published.
+            WriteError: The attempt must be abandoned.
         """
-        return FileRecord(path=name, bytes=nbytes, digest=self._write(name, chunks, nbytes))
-
-    def _write(self, name: str, chunks: Iterable[memoryview], nbytes: int) -> str:
         path = self._prepare(name)
         with translate_os_errors("write a file of a checkpoint", path):
             descriptor = self._filesystem.create(path)
+            with self._mutex:
+                self._unfinished.add(descriptor)
+            direct = DirectFile(self._filesystem, descriptor, nbytes)
+        return StagedFile(self, name, direct, nbytes)
+
+    def _take_back(self, descriptor: int) -> None:
+        with self._mutex:
+            self._unfinished.remove(descriptor)
             self._open_files.append(descriptor)
-            if nbytes:
-                self._filesystem.allocate(descriptor, nbytes)
-            digest, written = xxhash.xxh3_128(), 0
-            for chunk in chunks:
-                self._filesystem.write(descriptor, chunk)
-                digest.update(chunk)
-                written += chunk.nbytes
-            assert written == nbytes, (name, written, nbytes)
-            if len(self._open_files) >= _MAX_OPEN_FILES:
-                self._fsync_files()
-        return f"xxh3_128:{digest.hexdigest()}"
+            is_batch = len(self._open_files) >= _MAX_OPEN_FILES
+        if is_batch:
+            self._fsync_files()
 
     def link_file(self, record: FileRecord, source: Path) -> FileRecord:
         """Take a file of an earlier checkpoint into this one without writing it again.
@@ -169,8 +215,8 @@ class StagedCheckpoint:
             cost = "a reflink was made, which costs no space"
         except OSError:
             self._filesystem.copy(source, path)
-            cost = f"a copy was made, which costs {record.bytes} bytes and their time at every save"
-        warnings.warn(f"no hard link from {source}: {refusal.strerror}; {cost}", LinkFallbackWarning, stacklevel=4)
+            cost = f"a copy was made, which costs {record.bytes} bytes and their time"
+        self._on_warning(LinkFallbackWarning(f"no hard link from {source}: {refusal.strerror}; {cost}"))
 
     def adopt_rest(self) -> tuple[FileRecord, ...]:
         """Take in every file somebody else put under ``path``: digest, make read-only, and sync with the others.
@@ -194,7 +240,8 @@ class StagedCheckpoint:
         path = self._prepare(name)
         with translate_os_errors("take in a file of a checkpoint", path):
             descriptor = self._filesystem.open_for_reading(path)
-            self._open_files.append(descriptor)
+            with self._mutex:
+                self._open_files.append(descriptor)
             if os.fstat(descriptor).st_nlink != 1:
                 raise OSError(errno.EINVAL, "the file has a second name outside the checkpoint", str(path))
             digest, nbytes = xxhash.xxh3_128(), 0
@@ -221,8 +268,12 @@ class StagedCheckpoint:
             WriteError: Nothing was published.
         """
         self._fsync_files()
-        chunk = memoryview(manifest)
-        self._write(MANIFEST_NAME, [chunk], chunk.nbytes)
+        path = self._prepare(MANIFEST_NAME)
+        with translate_os_errors("write the manifest", path):
+            descriptor = self._filesystem.create(path)
+            with self._mutex:
+                self._open_files.append(descriptor)
+            self._filesystem.write(descriptor, memoryview(manifest))
         self._fsync_files()
         with translate_os_errors("make a checkpoint durable", self.path):
             for directory in sorted(self._directories, key=lambda path: len(path.parts), reverse=True):
@@ -242,34 +293,39 @@ class StagedCheckpoint:
             self._filesystem.rename(self.path, self._target)
         # Published: what is left is an empty directory, and the next sweep takes it if this does not.
         with contextlib.suppress(OSError):
-            self._filesystem.remove_empty_directory(self._attempt)
+            self._filesystem.remove_empty_directory(self.attempt)
         return self._target
 
     def abandon(self) -> None:
-        """Give up: close and remove everything. Never raises; what cannot be removed is swept by the next writer."""
-        for descriptor in self._open_files:
+        """Give up: close and remove everything. Never raises; what cannot be removed is swept by the next writer.
+
+        No thread may be writing any more.
+        """
+        for descriptor in [*self._open_files, *self._unfinished]:
             with contextlib.suppress(OSError):
                 self._filesystem.close(descriptor)
         self._open_files.clear()
+        self._unfinished.clear()
         with contextlib.suppress(OSError):
-            self._filesystem.remove_tree(self._attempt)
+            self._filesystem.remove_tree(self.attempt)
 
     def _prepare(self, name: str) -> Path:
         """Note a file, and make the directories above it."""
-        assert name not in self._names, name
-        self._names.add(name)
-        path = self.path / name
-        for parent in reversed(path.relative_to(self.path).parents[:-1]):
-            directory = self.path / parent
-            if directory not in self._directories:
-                self._directories.add(directory)
-                if not directory.is_dir():
-                    with translate_os_errors("make a directory of a checkpoint", directory):
-                        self._filesystem.make_directory(directory)
+        with self._mutex:
+            assert name not in self._names, name
+            self._names.add(name)
+            path = self.path / name
+            for parent in reversed(path.relative_to(self.path).parents[:-1]):
+                directory = self.path / parent
+                if directory not in self._directories:
+                    self._directories.add(directory)
+                    if not directory.is_dir():
+                        with translate_os_errors("make a directory of a checkpoint", directory):
+                            self._filesystem.make_directory(directory)
         return path
 
     def _fsync_files(self) -> None:
-        """fsync and close all open files, each once, whatever happens to the others."""
+        """fsync and close all finished files, each once, whatever happens to the others."""
         with translate_os_errors("make a checkpoint durable", self.path):
             try:
                 with ThreadPoolExecutor(_FSYNC_THREADS) as pool:
@@ -281,7 +337,10 @@ class StagedCheckpoint:
                 raise faults[0]
 
     def _fsync_and_close(self, descriptor: int) -> OSError | None:
-        self._open_files.remove(descriptor)
+        with self._mutex:
+            if descriptor not in self._open_files:
+                return None  # another batch has it
+            self._open_files.remove(descriptor)
         fault: OSError | None = None
         for call in (self._filesystem.fsync, self._filesystem.close):
             try:
