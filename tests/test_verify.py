@@ -3,21 +3,22 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from faults import LAYERS, fake_layer, flip_bit, overwrite, save_fake
+from faults import LAYERS, fake_layer, flip_bit, open_descriptors, overwrite, save_fake
 from llmtailor.checkpoint import Checkpoint
 from llmtailor.errors import FormatError, IntegrityError, NotFoundError
 from llmtailor.formats.safetensors import plan_layout
 from llmtailor.formats.tailored import read_manifest
 from llmtailor.manifest import MANIFEST_NAME, FileRecord, Manifest, digest_of, encode_manifest
-from llmtailor.storage import RunDirectory
+from llmtailor.storage import FileReader, RunDirectory, file_reading
 from llmtailor.tensors import TensorMeta
-from llmtailor.verify import open_verified, verify_checkpoint
+from llmtailor.verify import FileState, open_published, verify_checkpoint
 
 
 @pytest.fixture
@@ -208,11 +209,56 @@ def test_verify_reports_files_nobody_listed(saved: Checkpoint) -> None:
     assert report.unlisted == ("optimizer/note",)
 
 
-def test_verify_reads_a_shared_file_once(saved: Checkpoint) -> None:
-    digests: dict[Any, str] = {}
+def test_verify_reads_a_shared_file_once(saved: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests: dict[FileState, str] = {}
     verify_checkpoint(saved.path, digests=digests)
     assert len(digests) == len(saved.manifest.all_files)
     assert set(digests.values()) == {record.digest for record in saved.manifest.all_files}
+
+    def refuse(*args: Any) -> str:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(FileReader, "digest", refuse)
+    assert verify_checkpoint(saved.path, digests=digests).is_good
+
+
+def test_verify_without_the_layers_checks_the_other_files_alone(saved: Checkpoint) -> None:
+    for name in ("scheduler.pt", "model-norm.safetensors"):
+        flip_bit(saved.path / name, 100)
+    report = verify_checkpoint(saved.path, has_layers=False)
+    assert [problem.path for problem in report.problems] == ["scheduler.pt"]
+    assert report.nbytes == sum(record.bytes for record in saved.manifest.files)
+
+
+def test_verify_with_many_threads_tells_the_same_in_the_same_order(
+    saved: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for record in saved.manifest.all_files[::2]:
+        flip_bit(saved.path / record.path, 8 * record.bytes - 1)
+    expected = verify_checkpoint(saved.path)
+    monkeypatch.setattr(file_reading, "PIECE_NBYTES", 4096)
+    seen: list[str] = []
+    busy = threading.Lock()
+
+    def on_file(record: FileRecord) -> None:
+        assert busy.acquire(blocking=False)
+        seen.append(record.path)
+        busy.release()
+
+    names: set[str] = set()
+    real = FileReader.digest
+
+    def digest(self: FileReader, *args: Any) -> str:
+        names.add(threading.current_thread().name)
+        return real(self, *args)
+
+    monkeypatch.setattr(FileReader, "digest", digest)
+    for _ in range(20):
+        seen.clear()
+        assert verify_checkpoint(saved.path, on_file=on_file) == expected
+        assert seen == [record.path for record in saved.manifest.all_files]
+    assert len(expected.problems) == 6
+    assert names <= {f"llmtailor-read-{number}" for number in range(4)}
 
 
 @pytest.mark.parametrize(
@@ -252,25 +298,31 @@ def test_verify_file_name_no_disk_can_hold(saved: Checkpoint) -> None:
     assert [problem.kind for problem in verify_checkpoint(saved.path).problems] == ["not-regular"]
 
 
-# open_verified
+# open_published
 
 
-def test_open_verified(saved: Checkpoint) -> None:
-    opened = open_verified(saved.path, saved.manifest.layers[0].weights)
-    assert bytes(opened.tensor_bytes("embed_tokens.weight")) == fake_layer("embed_tokens", 10).files[0].content
+def test_open_published(saved: Checkpoint) -> None:
+    record = saved.manifest.layers[0].weights
+    with open_published(saved.path, record) as descriptor:
+        assert os.pread(descriptor, record.bytes, 0).endswith(fake_layer("embed_tokens", 10).files[0].content)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
-def test_open_verified_refuses_changed_bytes_and_sizes(saved: Checkpoint) -> None:
+def test_open_published_refuses_other_sizes_and_other_things(saved: Checkpoint) -> None:
     record = saved.manifest.layers[0].weights
     path = saved.path / record.path
-    flip_bit(path, 8 * path.stat().st_size - 1)
-    with pytest.raises(IntegrityError) as caught:
-        open_verified(saved.path, record)
-    assert caught.value.kind == "digest"
+
+    def refuse() -> str:
+        with pytest.raises((FormatError, NotFoundError)) as caught, open_published(saved.path, record):
+            pass
+        return caught.value.kind
+
+    before = open_descriptors()
     overwrite(path, lay_out("embed_tokens.weight", shape=(4,)))
-    with pytest.raises(IntegrityError) as caught:
-        open_verified(saved.path, record)
-    assert caught.value.kind == "file-size"
+    assert refuse() == "file-size"
     path.unlink()
-    with pytest.raises(NotFoundError):
-        open_verified(saved.path, record)
+    assert refuse() == "missing-file"
+    os.mkfifo(path)
+    assert refuse() == "not-regular"
+    assert open_descriptors() == before

@@ -1,38 +1,166 @@
 """From a checkpoint back into live objects: weights, and optimizer state by parameter name.
 
-Each layer file is mapped, digested and only then copied from, one layer at a time. Names, shapes and types are all
-checked before anything is changed.
+    plan_load   names, shapes, types, sizes and headers of all files are checked; nothing is changed
+    fill        every file is read once, several at a time: digested and put into place piece by piece
+
+Optimizer state goes into memory of its own and becomes the optimizer's when its file's digest is right. Weights go
+straight into the model: a digest that turns out wrong is of bytes that are there already, and all that can be done
+is to load another checkpoint over them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from .checkpoint import Checkpoint, require_optimizer
-from .errors import FormatError, IncompatibleError
-from .formats.safetensors import OpenFile
-from .manifest import LayerRecord
+from .errors import FormatError, IncompatibleError, IntegrityError, TailorError
+from .formats.safetensors import Header, read_header
+from .manifest import FileRecord, LayerRecord
 from .model_state import ModelState, check_model
 from .optimizer_check import check_state
 from .optimizer_state import (
     ParameterGroup,
     load_groups,
     load_parameter_state,
+    new_state_tensor,
     parameter_names,
     unwrap_optimizer,
 )
-from .state_keys import NOTES_KEY, split_state_key
+from .state_keys import NOTES_KEY, split_state_key, state_key
+from .storage import FileReader, read_files
 from .strict_json import parse_object
-from .tensor_bytes import tensor_from_bytes
+from .tensor_bytes import torch_dtype
+from .tensor_filling import FileFiller
 from .tensors import TensorMeta
-from .verify import check_weights_header, open_verified
+from .verify import changed_bytes, check_layer_header, open_published
 
-__all__ = ["load_model", "load_optimizers"]
+__all__ = [
+    "Load",
+    "load_model",
+    "load_optimizers",
+    "plan_load",
+    "plan_model",
+    "plan_optimizers",
+    "say_partly_loaded",
+]
+
+_PARTLY_LOADED = (
+    "the model and its optimizers were partly overwritten, their values are not to be used: load another checkpoint, "
+    "or build them anew"
+)
+
+_Tensors: TypeAlias = Mapping[str, torch.Tensor]
+"""By name in a file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LayerFile:
+    """A layer file whose header was checked."""
+
+    record: FileRecord
+    header: Header
+    prefix: bytes
+    """The bytes the header was read from."""
+    find_targets: Callable[[], _Tensors]
+    """Called when reading begins, in any thread; names it leaves out are read, and not kept."""
+    install: Callable[[_Tensors], None]
+    """Called in the caller's thread when the targets hold what was published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """A load about which everything was checked that can be without the tensors' bytes. Nothing was changed yet."""
+
+    checkpoint: Checkpoint
+    files: tuple[_LayerFile, ...]
+    begin: Callable[[], None]
+    """What has to be done before the first file is read."""
+    live: tuple[torch.Tensor, ...]
+    """What is filled in place."""
+
+    def fill(self, on_file: Callable[[FileRecord], None] = lambda record: None) -> None:
+        """Read every file and put its bytes into place.
+
+        Args:
+            on_file: Called before each file is read, for a progress bar; by one thread at a time.
+
+        Raises:
+            IntegrityError, FormatError, NotFoundError: A file changed or is gone. What is live was partly
+                overwritten.
+            OSError: The device failed. What is live was partly overwritten.
+        """
+        # Before and after: whoever copies these tensors meanwhile sees that they are not what they were.
+        torch.autograd.graph.increment_version(self.live)
+        try:
+            self.begin()
+            read_files(
+                self.files,
+                lambda file: file.record.bytes,
+                self._read,
+                on_begin=lambda file: on_file(file.record),
+                on_done=lambda file, tensors: file.install(tensors),
+            )
+        except (TailorError, OSError) as err:
+            say_partly_loaded(err)
+            raise
+        finally:
+            torch.autograd.graph.increment_version(self.live)
+
+    def _read(self, file: _LayerFile, reader: FileReader) -> _Tensors:
+        path = self.checkpoint.path / file.record.path
+        with open_published(self.checkpoint.path, file.record) as descriptor:
+            tensors = file.find_targets()
+            stored = (each for each in file.header.tensors.values() if each.name in tensors)
+            filler = FileFiller([(each.byte_range, tensors[each.name]) for each in stored])
+
+            def put(offset: int, piece: memoryview) -> None:
+                # The digest is of what is read now; what was checked before must be the same.
+                expected = file.prefix[offset : offset + piece.nbytes]
+                if piece[: len(expected)] != expected:
+                    raise IntegrityError(
+                        "the file's header changed since it was checked",
+                        kind="digest",
+                        path=path,
+                        expected=file.record.digest,
+                    )
+                filler.put(offset, piece)
+
+            found = reader.digest(descriptor, file.record.bytes, path, put)
+        if found != file.record.digest:
+            raise changed_bytes(path, file.record.digest, found)
+        return tensors
+
+
+def say_partly_loaded(err: Exception) -> None:
+    """Have an error say that live values were overwritten before it came up; once is enough."""
+    if not isinstance(err, TailorError):
+        if _PARTLY_LOADED not in getattr(err, "__notes__", ()):
+            err.add_note(_PARTLY_LOADED)
+    elif _PARTLY_LOADED not in (err.hint or ""):
+        err.hint = "; ".join(filter(None, [_PARTLY_LOADED, err.hint]))
+
+
+def plan_load(checkpoint: Checkpoint, state: ModelState, optimizers: Sequence[torch.optim.Optimizer]) -> Load:
+    """Check that a checkpoint can be loaded into a model and its optimizers; changes nothing.
+
+    Raises:
+        IncompleteError, IncompatibleError, FormatError, IntegrityError, NotFoundError: As ``plan_model`` and
+            ``plan_optimizers``.
+    """
+    check_model(state, checkpoint.manifest.tensors, path=checkpoint.path)
+    of_optimizers = plan_optimizers(checkpoint, state, optimizers)
+    of_model = plan_model(checkpoint, state)
+    return Load(
+        checkpoint=checkpoint,
+        files=(*of_model.files, *of_optimizers.files),
+        begin=of_optimizers.begin,
+        live=of_model.live,
+    )
 
 
 def load_model(checkpoint: Checkpoint, state: ModelState) -> None:
@@ -43,40 +171,94 @@ def load_model(checkpoint: Checkpoint, state: ModelState) -> None:
         state: The live model, as ``read_model`` gives it; its tensors are filled in place, on their devices.
 
     Raises:
-        IncompatibleError: Another model: names, shapes, element types or ties differ. Nothing was changed.
-        FormatError: A file does not hold the tensors of its layer. Nothing was changed.
-        IntegrityError, NotFoundError: A file changed or is gone; layers before it may have been loaded.
+        IncompatibleError, FormatError, IntegrityError, NotFoundError: As ``plan_model``, and ``Load.fill``, which says
+            so where values were changed.
+    """
+    plan_model(checkpoint, state).fill()
+
+
+def plan_model(checkpoint: Checkpoint, state: ModelState) -> Load:
+    """Check that the weights and buffers of a checkpoint can be loaded into a model; changes nothing.
+
+    Raises:
+        IncompatibleError: Another model: names, shapes, element types or ties differ.
+        FormatError: A file does not hold the tensors of its layer.
+        IntegrityError, NotFoundError: A file has another size, or is gone.
     """
     manifest = checkpoint.manifest
     check_model(state, manifest.tensors, path=checkpoint.path)
-    for layer in manifest.layers:
-        # A tensor that is missing from its file would silently keep the value the model happens to have.
-        check_weights_header(checkpoint.path, manifest, layer)
-    for layer in manifest.layers:
-        opened = open_verified(checkpoint.path, layer.weights)
-        with torch.no_grad():
-            for name, stored in opened.header.tensors.items():
-                state.tensors[name].copy_(tensor_from_bytes(opened.tensor_bytes(name), stored.meta))
+    # A tensor that is missing from its file would silently keep the value the model happens to have.
+    opened = [(layer.weights, *_open_header(checkpoint, layer, layer.weights)) for layer in manifest.layers]
+    files = [_weights_file(record, header, prefix, state) for record, header, prefix in opened]
+    return Load(checkpoint=checkpoint, files=tuple(files), begin=lambda: None, live=tuple(state.tensors.values()))
 
 
-@dataclass(frozen=True, slots=True)
+def _weights_file(record: FileRecord, header: Header, prefix: bytes, state: ModelState) -> _LayerFile:
+    tensors = {name: state.tensors[name] for name in header.tensors}
+    return _LayerFile(
+        record=record, header=header, prefix=prefix, find_targets=lambda: tensors, install=lambda tensors: None
+    )
+
+
+def _open_header(checkpoint: Checkpoint, layer: LayerRecord, record: FileRecord) -> tuple[Header, bytes]:
+    """The checked header of a layer file, and the bytes it was read from."""
+    path = checkpoint.path / record.path
+    with open_published(checkpoint.path, record) as descriptor:
+        header, prefix = read_header(descriptor, path)
+    check_layer_header(path, checkpoint.manifest, layer, record, header)
+    return header, prefix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _SavedState:
     """Optimizer state of one parameter, still in its file."""
 
-    opened: OpenFile
-    names: Mapping[str, str]
-    """Leaf -> name in the file."""
+    metas: Mapping[str, TensorMeta]
+    """By leaf."""
     notes: Mapping[str, Any]
     """By leaf."""
 
-    def metas(self) -> dict[str, TensorMeta]:
-        return {leaf: self.opened.header.tensors[name].meta for leaf, name in self.names.items()}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            leaf: tensor_from_bytes(self.opened.tensor_bytes(name), self.opened.header.tensors[name].meta)
-            for leaf, name in self.names.items()
-        }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StateFile:
+    """An optimizer file whose header was checked."""
+
+    record: FileRecord
+    header: Header
+    prefix: bytes
+    states: Mapping[str, _SavedState]
+    """By fqn."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Home:
+    """Where the state of a parameter belongs."""
+
+    optimizers: Sequence[torch.optim.Optimizer]
+    """One, but for a parameter that several update; each has state of its own."""
+    parameter: torch.Tensor
+    fqn: str
+
+    def make_tensors(self, saved: _SavedState) -> dict[str, torch.Tensor]:
+        """Memory for the state, by leaf."""
+        return {leaf: self._make_tensor(leaf, meta, saved.notes) for leaf, meta in saved.metas.items()}
+
+    def _make_tensor(self, leaf: str, meta: TensorMeta, notes: Mapping[str, Any]) -> torch.Tensor:
+        dtype = torch_dtype(meta.dtype)
+        if leaf in notes:  # becomes a Python number
+            return torch.empty(meta.shape, dtype=dtype)
+        return new_state_tensor(self.optimizers[0], self.parameter, leaf, meta.shape, dtype)
+
+    def reserve(self) -> None:
+        """Have the state stand where it belongs, whatever file is done first."""
+        for optimizer in self.optimizers:
+            optimizer.state.setdefault(self.parameter, {})
+
+    def take(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
+        """Make it the state; all but the first optimizer copy the tensors."""
+        for optimizer in self.optimizers:
+            is_first = optimizer is self.optimizers[0]
+            load_parameter_state(optimizer, self.parameter, self.fqn, tensors, notes, is_placed=is_first)
 
 
 def load_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -88,10 +270,20 @@ def load_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Seque
         optimizers: In the order in which they were saved.
 
     Raises:
+        IncompleteError, IncompatibleError, FormatError, IntegrityError, NotFoundError: As ``plan_optimizers``, and
+            ``Load.fill``, which says so where values were changed.
+    """
+    plan_optimizers(checkpoint, state, optimizers).fill()
+
+
+def plan_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Sequence[torch.optim.Optimizer]) -> Load:
+    """Check that the optimizer state of a checkpoint can be loaded; changes nothing.
+
+    Raises:
         IncompleteError: The checkpoint holds weights alone.
-        IncompatibleError: Number or class of the optimizers, parameters, shapes or options differ. Nothing was
-            changed.
-        IntegrityError, NotFoundError: A file changed or is gone. Nothing was changed.
+        IncompatibleError: Number or class of the optimizers, parameters, shapes or options differ.
+        FormatError: A file does not hold the state of its layer, or one that cannot be understood.
+        IntegrityError, NotFoundError: A file has another size, or is gone.
     """
     manifest = checkpoint.manifest
     require_optimizer(checkpoint)
@@ -104,42 +296,74 @@ def load_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Seque
             found=len(optimizers),
         )
     names = parameter_names(state.parameters())
-    saved = {fqn: each for layer in manifest.layers for fqn, each in _read_layer(checkpoint, layer)}
     live = [unwrap_optimizer(optimizer) for optimizer in optimizers]
     records = [
         [ParameterGroup(parameters=group.parameters, options=group.options) for group in record.groups]
         for record in manifest.optimizers
     ]
+    files = [_open_states(checkpoint, layer, layer.optimizer) for layer in manifest.layers if layer.optimizer]
+    saved = {fqn: each for file in files for fqn, each in file.states.items()}
     for optimizer, record, groups in zip(live, manifest.optimizers, records, strict=True):
         fqns = [fqn for group in groups for fqn in group.parameters]
-        metas = {fqn: saved[fqn].metas() if fqn in saved else {} for fqn in fqns}
+        metas = {fqn: saved[fqn].metas if fqn in saved else {} for fqn in fqns}
         notes = {fqn: saved[fqn].notes for fqn in fqns if fqn in saved}
         try:
             check_state(optimizer, names, metas, groups, record.name, notes=notes)
         except IncompatibleError as err:
             err.path = str(checkpoint.path)
             raise
-    parameters = dict(state.parameters())
-    for optimizer, groups in zip(live, records, strict=True):
-        load_groups(optimizer, names, groups)
+    homes = _find_homes(state, live, records)
+
+    def begin() -> None:
+        for optimizer, groups in zip(live, records, strict=True):
+            load_groups(optimizer, names, groups)
+        for fqn, home in homes.items():
+            if fqn in saved:
+                home.reserve()
+            else:
+                home.take({}, {})
+
+    return Load(
+        checkpoint=checkpoint, files=tuple(_optimizer_file(file, homes) for file in files), begin=begin, live=()
+    )
+
+
+def _find_homes(
+    state: ModelState, optimizers: Sequence[torch.optim.Optimizer], records: Sequence[Sequence[ParameterGroup]]
+) -> dict[str, _Home]:
+    owners: dict[str, list[torch.optim.Optimizer]] = defaultdict(list)
+    for optimizer, groups in zip(optimizers, records, strict=True):
         for fqn in (fqn for group in groups for fqn in group.parameters):
-            each = saved.get(fqn)
-            tensors = {} if each is None else each.tensors()
-            load_parameter_state(optimizer, parameters[fqn], fqn, tensors, {} if each is None else each.notes)
+            owners[fqn].append(optimizer)
+    return {fqn: _Home(optimizers=each, parameter=state.tensors[fqn], fqn=fqn) for fqn, each in owners.items()}
 
 
-def _read_layer(checkpoint: Checkpoint, layer: LayerRecord) -> Iterator[tuple[str, _SavedState]]:
+def _optimizer_file(file: _StateFile, homes: Mapping[str, _Home]) -> _LayerFile:
+    ours = {fqn: saved for fqn, saved in file.states.items() if fqn in homes}
+
+    def find_targets() -> _Tensors:
+        made = {fqn: homes[fqn].make_tensors(saved) for fqn, saved in ours.items()}
+        return {state_key(fqn, leaf): tensor for fqn, tensors in made.items() for leaf, tensor in tensors.items()}
+
+    def install(tensors: _Tensors) -> None:
+        for fqn, saved in ours.items():
+            homes[fqn].take({leaf: tensors[state_key(fqn, leaf)] for leaf in saved.metas}, saved.notes)
+
+    return _LayerFile(
+        record=file.record, header=file.header, prefix=file.prefix, find_targets=find_targets, install=install
+    )
+
+
+def _open_states(checkpoint: Checkpoint, layer: LayerRecord, record: FileRecord) -> _StateFile:
     """Optimizer state of each parameter of a layer that has some."""
-    if layer.optimizer is None:
-        return
-    opened = open_verified(checkpoint.path, layer.optimizer)
-    path = checkpoint.path / layer.optimizer.path
-    fqns = {tensor.fqn for tensor in checkpoint.manifest.tensors if tensor.layer == layer.name}
-    text = opened.header.metadata.get(NOTES_KEY)
+    path = checkpoint.path / record.path
+    header, prefix = _open_header(checkpoint, layer, record)
+    text = header.metadata.get(NOTES_KEY)
     notes = parse_object(text.encode(), what="notes of an optimizer file", path=path) if text else {}
-    names: dict[str, dict[str, str]] = defaultdict(dict)
+    fqns = {tensor.fqn for tensor in checkpoint.manifest.tensors if tensor.layer == layer.name}
+    metas: dict[str, dict[str, TensorMeta]] = defaultdict(dict)
     notes_of: dict[str, dict[str, Any]] = defaultdict(dict)
-    for name in [*opened.header.tensors, *notes]:
+    for name in [*header.tensors, *notes]:
         fqn, leaf = split_state_key(name)
         if fqn not in fqns:
             raise FormatError(
@@ -148,9 +372,9 @@ def _read_layer(checkpoint: Checkpoint, layer: LayerRecord) -> Iterator[tuple[st
                 path=path,
                 fqn=name,
             )
-        if name in opened.header.tensors:
-            names[fqn][leaf] = name
+        if name in header.tensors:
+            metas[fqn][leaf] = header.tensors[name].meta
         if name in notes:
             notes_of[fqn][leaf] = notes[name]
-    for fqn in sorted(names.keys() | notes_of.keys()):
-        yield fqn, _SavedState(opened, names[fqn], notes_of[fqn])
+    states = {fqn: _SavedState(metas=metas[fqn], notes=notes_of[fqn]) for fqn in sorted(metas.keys() | notes_of.keys())}
+    return _StateFile(record=record, header=header, prefix=prefix, states=states)

@@ -7,6 +7,7 @@ are built otherwise. Here everything is keyed by fully qualified name (fqn), in 
     loading   check_state            everything is checked, nothing is changed (in optimizer_check)
               load_groups            then the options, which decide where ``step`` belongs
               load_parameter_state   then each parameter; layers may come one by one, in any order
+              new_state_tensor       its memory, for who would rather fill it than have it copied
 
 Each function takes one optimizer (``unwrap_optimizer`` first). A run with two of them, Muon and AdamW, keeps two sets
 of groups, and gives ``check_state`` for each the saved state of the parameters in its own groups.
@@ -32,10 +33,11 @@ __all__ = [
     "ParameterGroup",
     "ParameterNames",
     "ParameterState",
-    "layer_update_count",
+    "StateReader",
     "load_groups",
     "load_parameter_state",
     "named_groups",
+    "new_state_tensor",
     "optimizer_class",
     "parameter_names",
     "read_groups",
@@ -143,6 +145,10 @@ def read_state(optimizer: Optimizer, names: ParameterNames) -> dict[str, Paramet
         IncompatibleError: A parameter has no name.
         UnsupportedError: A value that a file cannot hold.
     """
+    return StateReader(optimizer).read(names)
+
+
+def _refuse_state_of_no_parameter(optimizer: Optimizer) -> None:
     for key in optimizer.state:
         if not isinstance(key, torch.Tensor):
             raise UnsupportedError(
@@ -151,13 +157,51 @@ def read_state(optimizer: Optimizer, names: ParameterNames) -> dict[str, Paramet
                 expected="state of parameters alone",
                 found=f"state[{key!r}]",
             )
-    result = {}
-    for group in named_groups(optimizer, names):
-        for fqn, parameter in group:
-            # .get: the state is a defaultdict, and reading must not add to it.
-            tensors, notes = flatten_state(optimizer.state.get(parameter, {}), fqn)
-            result[fqn] = ParameterState(tensors=tensors, notes=notes)
-    return result
+
+
+def _flatten(values: Mapping[str, object], fqn: str) -> ParameterState:
+    tensors, notes = flatten_state(values, fqn)
+    return ParameterState(tensors=tensors, notes=notes)
+
+
+class StateReader:
+    """Reads one optimizer again and again: the state of a parameter anew only if its values are other tensors.
+
+    Args:
+        optimizer: Not changed.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._known: dict[torch.Tensor, tuple[Mapping[str, object], ParameterState]] = {}
+
+    def read(self, names: ParameterNames) -> dict[str, ParameterState]:
+        """As ``read_state``; the same objects where nothing changed."""
+        _refuse_state_of_no_parameter(self.optimizer)
+        result = {}
+        for group in named_groups(self.optimizer, names):
+            for fqn, parameter in group:
+                # .get: the state is a defaultdict, and reading must not add to it.
+                values = self.optimizer.state.get(parameter, {})
+                known = self._known.get(parameter)
+                if known is None or not _is_same(values, *known):
+                    known = dict(values), _flatten(values, fqn)
+                    self._known[parameter] = known
+                result[fqn] = known[1]
+        return result
+
+
+def _is_same(values: Mapping[str, object], known: Mapping[str, object], state: ParameterState) -> bool:
+    """True if the values are the tensors they were, in the memory where they were."""
+    if len(values) != len(known) or len(known) != len(state.tensors):
+        return False
+    for name, value in values.items():
+        kept = state.tensors.get(name)
+        if value is not known.get(name) or kept is None or not isinstance(value, torch.Tensor):
+            return False
+        if kept.data_ptr() != value.data_ptr() or kept.shape != value.shape or kept.dtype is not value.dtype:
+            return False
+    return True
 
 
 def read_groups(optimizer: Optimizer, names: ParameterNames) -> tuple[ParameterGroup, ...]:
@@ -219,11 +263,6 @@ def update_count(state: ParameterState) -> int | None:
     return int(step.item()) if step is not None and step.numel() == 1 else None
 
 
-def layer_update_count(states: Iterable[ParameterState]) -> int | None:
-    """The largest update count among a layer's parameters; None if none of them counts."""
-    return max((count for count in map(update_count, states) if count is not None), default=None)
-
-
 def load_groups(optimizer: Optimizer, names: ParameterNames, groups: Sequence[ParameterGroup]) -> None:
     """Set each group's options to those its parameters were saved with.
 
@@ -264,6 +303,8 @@ def load_parameter_state(
     fqn: str,
     tensors: Mapping[str, torch.Tensor],
     notes: Mapping[str, Note],
+    *,
+    is_placed: bool = False,
 ) -> None:
     """Replace what an optimizer remembers of one parameter.
 
@@ -276,18 +317,16 @@ def load_parameter_state(
         fqn: Its name.
         tensors: By leaf; any device; copied. No leaf and no note: the parameter has no state.
         notes: By leaf.
+        is_placed: The tensors are of ``new_state_tensor`` and become the optimizer's own, without a copy.
 
     Raises:
         FormatError: Tensors and notes do not fit together; nothing was changed.
-
-    Source:
-        torch 2.13, optim/optimizer.py (_process_value_according_to_param_policy): all on the parameter's device,
-        but ``step`` where it is, unless the group is capturable or fused.
     """
 
     def place(leaf: str, tensor: torch.Tensor) -> torch.Tensor:
-        stays = leaf == "step" and not _steps_on_device(optimizer, parameter)
-        return _copy_to(torch.device("cpu") if stays else parameter.device, tensor, parameter)
+        if is_placed:
+            return tensor
+        return new_state_tensor(optimizer, parameter, leaf, tensor.shape, tensor.dtype).copy_(tensor.detach())
 
     state = restore_state(tensors, notes, fqn, place)
     if state:
@@ -296,17 +335,34 @@ def load_parameter_state(
         optimizer.state.pop(parameter, None)
 
 
+def new_state_tensor(
+    optimizer: Optimizer, parameter: torch.Tensor, leaf: str, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """Memory for a tensor of a parameter's state, where and as torch would keep it; its values are arbitrary.
+
+    Any thread may call it.
+
+    Args:
+        optimizer: ``load_groups`` has set its options.
+        parameter: One of its parameters.
+        leaf: Name in the state.
+        shape: Of the tensor.
+        dtype: Of the tensor.
+
+    Source:
+        torch 2.13, optim/optimizer.py (_process_value_according_to_param_policy): all on the parameter's device,
+        but ``step`` where it is, unless the group is capturable or fused.
+    """
+    stays = leaf == "step" and not _steps_on_device(optimizer, parameter)
+    device = torch.device("cpu") if stays else parameter.device
+    # Laid out as torch makes it (zeros_like), for kernels are fastest and sums the same where strides are the same.
+    if tuple(shape) == tuple(parameter.shape) and why_not_plain(parameter) is None:
+        return torch.empty_like(parameter, dtype=dtype, device=device, requires_grad=False)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
 def _steps_on_device(optimizer: Optimizer, parameter: torch.Tensor) -> bool:
     if parameter.device.type == "cpu":
         return False
     group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
     return bool(group.get("capturable") or group.get("fused"))
-
-
-def _copy_to(device: torch.device, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    # Laid out as torch makes it (zeros_like), for kernels are fastest and sums the same where strides are the same.
-    if tensor.shape == parameter.shape and why_not_plain(parameter) is None:
-        target = torch.empty_like(parameter, dtype=tensor.dtype, device=device, requires_grad=False)
-    else:
-        target = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-    return target.copy_(tensor.detach())

@@ -1,23 +1,50 @@
-"""Which checkpoint to resume from: the newest that verifies; what does not is set aside, never deleted."""
+"""Which checkpoint to resume from: the newest that verifies; what does not is set aside, never deleted.
+
+    find_resumable                  reads every byte of a candidate, then says which it is
+    load_resumable, load_named      load it while it is read, so that nothing is read twice
+
+A candidate that cannot be loaded is read again, whole, and only what does not verify is set aside: whatever is wrong
+with one that does is the user's to know.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .errors import FormatError, IncompleteError, IntegrityError, QuarantineWarning, SupersededWarning, TailorError
-from .manifest import MANIFEST_NAME, Manifest
+from .errors import (
+    FormatError,
+    IncompleteError,
+    IntegrityError,
+    NotFoundError,
+    QuarantineWarning,
+    SupersededWarning,
+    TailorError,
+)
+from .load import say_partly_loaded
+from .manifest import MANIFEST_NAME, FileRecord, Manifest
 from .progress import show_reading
-from .storage import RunDirectory, checkpoint_name, list_checkpoints, list_set_aside, newest_step_seen
+from .storage import (
+    CheckpointEntry,
+    RunDirectory,
+    checkpoint_name,
+    list_checkpoints,
+    list_set_aside,
+    newest_step_seen,
+)
 from .verify import FileState, VerifyReport, verify_checkpoint
 
-__all__ = ["find_resumable", "open_resumable"]
+__all__ = ["Fill", "find_resumable", "load_named", "load_resumable", "open_resumable"]
+
+Fill: TypeAlias = Callable[[Callable[[FileRecord], None]], None]
+"""Puts a checkpoint into live objects; is given what to call before each file. What it raises leaves them spoiled."""
 
 
 def find_resumable(
-    run: RunDirectory, *, consistent: bool = False, max_rollback_steps: int | None = None
+    runs: RunDirectory | Sequence[RunDirectory], *, consistent: bool = False, max_rollback_steps: int | None = None
 ) -> Checkpoint | None:
     """The newest checkpoint of a run that verifies, every byte of it.
 
@@ -25,7 +52,8 @@ def find_resumable(
     ours and are left alone.
 
     Args:
-        run: The run, held for writing.
+        runs: The run, held for writing; or several directories that hold the same run, the preferred one first.
+            Of those after the first only checkpoints of the first one's run are taken.
         consistent: Take only a checkpoint whose layers are all of one step.
         max_rollback_steps: Refuse to fall further back than this behind the newest checkpoint ever published.
 
@@ -38,71 +66,95 @@ def find_resumable(
         FormatError: A newer program wrote the newest (kind ``format-version``); it was left alone.
         OSError: The device failed (``EIO``) or this process may not read; nothing was renamed for that.
     """
-    newest = newest_step_seen(run.path)
-    bad: list[str] = []
-    unfit: list[str] = []
-    digests: dict[FileState, str] = {}  # a file that several checkpoints share is read once
-    for entry in reversed(list_checkpoints(run.path)):
-        name = entry.path.name
-        if not entry.has_manifest:
-            warnings.warn(
-                f"{entry.path} has no manifest, so it is not ours or it is half a checkpoint; it was left alone",
-                QuarantineWarning,
-                stacklevel=2,
-            )
-            continue
+    search = _Search(runs, consistent=consistent, max_rollback_steps=max_rollback_steps)
+
+    def examine(found: Checkpoint) -> str | None:
+        reason = search.find_damage(found)
+        if reason is None:
+            search.check_rollback(found)
+        return reason
+
+    return search.take(examine)
+
+
+def load_resumable(
+    runs: RunDirectory | Sequence[RunDirectory],
+    plan: Callable[[Checkpoint], Fill],
+    *,
+    consistent: bool = False,
+    max_rollback_steps: int | None = None,
+) -> Checkpoint | None:
+    """Load the newest checkpoint of a run that verifies; one that does not is set aside, and the next loaded over it.
+
+    The same checkpoint is taken as by ``find_resumable``, with the same warnings, but its layer files are read once.
+
+    Args:
+        runs: As for ``find_resumable``.
+        plan: Checks a candidate and changes nothing; what it returns then loads it. Its small files were verified.
+        consistent: As for ``find_resumable``.
+        max_rollback_steps: As for ``find_resumable``.
+
+    Returns:
+        The one that was loaded; None if there is no checkpoint of ours at all.
+
+    Raises:
+        TailorError: What ``find_resumable`` raises, and what ``plan`` raises of a checkpoint that verifies. If a
+            candidate was loaded in part before that, the hint says that the live values are not to be used.
+        OSError: As ``find_resumable``; the same is said in a note.
+    """
+    search = _Search(runs, consistent=consistent, max_rollback_steps=max_rollback_steps)
+    is_spoiled = False
+
+    def examine(found: Checkpoint) -> str | None:
+        nonlocal is_spoiled
         try:
-            found = open_checkpoint(entry.path)
-        except FormatError as err:
-            if err.kind == "format-version":
-                # A newer program wrote it and its digest is right: nothing is wrong with it but our age.
+            search.check_rollback(found)
+            fill = _plan(found, plan)
+            is_spoiled = True
+            _fill(found, fill)
+        except TailorError as err:
+            reason = search.find_damage(found)
+            if reason is None and not isinstance(err, IntegrityError):
                 raise
-            bad.append(_quarantine(run, entry.path, f"{MANIFEST_NAME}: {err.what}"))
-            continue
-        if missing := _find_missing(found.manifest, consistent=consistent):
-            unfit.append(f"{name}: without {missing}")
-            continue
-        report = _verify(found, digests)
-        if not report.is_good:
-            reason = "; ".join(f"{problem.path}: {problem.detail}" for problem in report.problems[:10])
-            bad.append(_quarantine(run, entry.path, reason))
-            continue
-        _check_rollback(found, newest, max_rollback_steps)
-        return found
-    if bad or unfit:
-        raise _none_left(run.path, bad, unfit, consistent=consistent)
-    _name_superseded(run.path)
-    return None
+            return reason or f"{Path(err.path or found.path).name}: {err.what}"
+        return None
+
+    try:
+        return search.take(examine)
+    except Exception as err:
+        if is_spoiled:
+            say_partly_loaded(err)
+        raise
 
 
-def _name_superseded(run: Path) -> None:
-    """A run that died before its own first checkpoint has set the one before it aside: say so."""
-    superseded = [entry for entry in list_set_aside(run) if entry.kind == "superseded"]
-    if superseded:
-        newest = superseded[-1]
-        warnings.warn(
-            f"nothing to resume from in {run}, but there is {newest.path.name}; to go on from it, rename it to "
-            f"{checkpoint_name(newest.step)}",
-            SupersededWarning,
-            stacklevel=3,
-        )
+def load_named(path: Path, plan: Callable[[Checkpoint], Fill]) -> Checkpoint:
+    """Load the checkpoint the user named; if it does not verify it is refused, not replaced by another.
 
+    Args:
+        path: Its directory.
+        plan: As for ``load_resumable``.
 
-def _find_missing(manifest: Manifest, *, consistent: bool) -> str | None:
-    if manifest.contents != "full":
-        return "optimizer state"
-    return "layers of one step" if consistent and not manifest.is_consistent else None
-
-
-def _quarantine(run: RunDirectory, path: Path, reason: str) -> str:
-    target = run.quarantine(path, reason)
-    warnings.warn(f"{path.name} does not verify ({reason}); kept as {target.name}", QuarantineWarning, stacklevel=3)
-    return f"{path.name}: {reason}"
-
-
-def _verify(checkpoint: Checkpoint, digests: dict[FileState, str] | None = None) -> VerifyReport:
-    with show_reading(f"verify {checkpoint.path.name}", lambda: checkpoint.manifest.nbytes) as on_file:
-        return verify_checkpoint(checkpoint.path, on_file=on_file, digests=digests)
+    Raises:
+        NotFoundError: It is not a checkpoint of ours.
+        IntegrityError: It does not verify; the hint says so if live values were overwritten before that was found.
+        TailorError: What ``plan`` raises of a checkpoint that verifies.
+    """
+    found = open_checkpoint(path)
+    is_spoiled = False
+    try:
+        try:
+            fill = _plan(found, plan)
+            is_spoiled = True
+            _fill(found, fill)
+        except TailorError:
+            # All that is wrong with it, if that is why.
+            _verify(found).raise_if_bad()
+            raise
+    except Exception as err:
+        if is_spoiled:
+            say_partly_loaded(err)
+        raise
+    return found
 
 
 def open_resumable(path: Path) -> Checkpoint:
@@ -118,17 +170,151 @@ def open_resumable(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _check_rollback(found: Checkpoint, newest: int | None, limit: int | None) -> None:
-    lost = 0 if newest is None else newest - found.manifest.step
-    if limit is not None and lost > limit:
-        raise IncompleteError(
-            "the newest checkpoint that can be used is too far back",
-            kind="rollback-limit",
-            path=found.path,
-            expected=f"at most {limit} steps behind step {newest}",
-            found=f"{lost} steps behind",
-            hint="look at the *.bad directories, or raise max_rollback_steps to accept the loss",
+def _plan(found: Checkpoint, plan: Callable[[Checkpoint], Fill]) -> Fill:
+    # The layer files are digested while they are loaded; the others before anybody relies on them.
+    verify_checkpoint(found.path, has_layers=False).raise_if_bad()
+    return plan(found)
+
+
+def _fill(found: Checkpoint, fill: Fill) -> None:
+    with show_reading(f"load {found.path.name}", lambda: found.manifest.nbytes) as on_file:
+        fill(on_file)
+
+
+def _verify(checkpoint: Checkpoint, digests: dict[FileState, str] | None = None) -> VerifyReport:
+    with show_reading(f"verify {checkpoint.path.name}", lambda: checkpoint.manifest.nbytes) as on_file:
+        return verify_checkpoint(checkpoint.path, on_file=on_file, digests=digests)
+
+
+class _Search:
+    """Candidates of one or several directories, newest first, and what was wrong with those passed over."""
+
+    def __init__(
+        self, runs: RunDirectory | Sequence[RunDirectory], *, consistent: bool, max_rollback_steps: int | None
+    ) -> None:
+        self._runs = [runs] if isinstance(runs, RunDirectory) else list(runs)
+        self._consistent = consistent
+        self._limit = max_rollback_steps
+        self._run_id = _find_run_id(self._runs) if len(self._runs) > 1 else None
+        self._newest = max(self._steps_seen(), default=None)
+        self._bad: list[str] = []
+        self._unfit: list[str] = []
+        self._digests: dict[FileState, str] = {}  # a file that several checkpoints share is read once
+
+    def take(self, examine: Callable[[Checkpoint], str | None]) -> Checkpoint | None:
+        """The first candidate of which ``examine`` says nothing bad; those before it are set aside."""
+        for run, entry in self._list():
+            try:
+                found = open_checkpoint(entry.path)
+            except FormatError as err:
+                if err.kind == "format-version":
+                    # A newer program wrote it and its digest is right: nothing is wrong with it but our age.
+                    raise
+                self._set_aside(run, entry.path, f"{MANIFEST_NAME}: {err.what}")
+                continue
+            if missing := _find_missing(found.manifest, consistent=self._consistent):
+                self._unfit.append(f"{self._name(run, entry.path)}: without {missing}")
+                continue
+            reason = examine(found)
+            if reason is None:
+                return found
+            self._set_aside(run, entry.path, reason)
+        if self._bad or self._unfit:
+            raise _none_left(self._runs[0].path, self._bad, self._unfit, consistent=self._consistent)
+        for run in self._runs:
+            _name_superseded(run.path)
+        return None
+
+    def _list(self) -> Iterator[tuple[RunDirectory, CheckpointEntry]]:
+        entries = [(place, entry) for place, run in enumerate(self._runs) for entry in list_checkpoints(run.path)]
+        for place, entry in sorted(entries, key=lambda pair: (-pair[1].step, pair[0])):
+            if not entry.has_manifest:
+                warnings.warn(
+                    f"{entry.path} has no manifest, so it is not ours or it is half a checkpoint; it was left alone",
+                    QuarantineWarning,
+                    stacklevel=4,
+                )
+            elif place and self._is_foreign(entry.path):
+                # Left by a run before this one, which it would be a mistake to fall back into.
+                self._unfit.append(f"{entry.path}: of another run than {self._runs[0].path}")
+            else:
+                yield self._runs[place], entry
+
+    def _steps_seen(self) -> Iterator[int]:
+        first, *others = self._runs
+        if (newest := newest_step_seen(first.path)) is not None:
+            yield newest
+        for run in others:
+            steps = {entry.path: entry.step for entry in list_checkpoints(run.path)}
+            steps |= {entry.path: entry.step for entry in list_set_aside(run.path) if entry.kind == "bad"}
+            yield from (step for path, step in steps.items() if not self._is_foreign(path))
+
+    def _is_foreign(self, path: Path) -> bool:
+        """True if a checkpoint says that it is of another run."""
+        return self._run_id is not None and _find_run_id_of(path) not in (self._run_id, None)
+
+    def _set_aside(self, run: RunDirectory, path: Path, reason: str) -> None:
+        target = run.quarantine(path, reason)
+        name = self._name(run, path)
+        warnings.warn(f"{name} does not verify ({reason}); kept as {target.name}", QuarantineWarning, stacklevel=4)
+        self._bad.append(f"{name}: {reason}")
+
+    def _name(self, run: RunDirectory, path: Path) -> str:
+        return path.name if run is self._runs[0] else str(path)
+
+    def find_damage(self, found: Checkpoint) -> str | None:
+        """Read every byte; None if it is what was published."""
+        problems = _verify(found, self._digests).problems
+        return "; ".join(f"{problem.path}: {problem.detail}" for problem in problems[:10]) or None
+
+    def check_rollback(self, found: Checkpoint) -> None:
+        """Refuse a candidate that is too far back.
+
+        Raises:
+            IncompleteError: It is.
+        """
+        lost = 0 if self._newest is None else self._newest - found.manifest.step
+        if self._limit is not None and lost > self._limit:
+            raise IncompleteError(
+                "the newest checkpoint that can be used is too far back",
+                kind="rollback-limit",
+                path=found.path,
+                expected=f"at most {self._limit} steps behind step {self._newest}",
+                found=f"{lost} steps behind",
+                hint="look at the *.bad directories, or raise max_rollback_steps to accept the loss",
+            )
+
+
+def _find_run_id(runs: Sequence[RunDirectory]) -> str | None:
+    """The run that a set of directories is of: that of the newest checkpoint of the first that has one."""
+    entries = (entry for run in runs for entry in reversed(list_checkpoints(run.path)) if entry.has_manifest)
+    return next((found for entry in entries if (found := _find_run_id_of(entry.path)) is not None), None)
+
+
+def _find_run_id_of(path: Path) -> str | None:
+    try:
+        return open_checkpoint(path).manifest.run_id
+    except (FormatError, NotFoundError):
+        return None
+
+
+def _name_superseded(run: Path) -> None:
+    """A run that died before its own first checkpoint has set the one before it aside: say so."""
+    superseded = [entry for entry in list_set_aside(run) if entry.kind == "superseded"]
+    if superseded:
+        newest = superseded[-1]
+        warnings.warn(
+            f"nothing to resume from in {run}, but there is {newest.path.name}; to go on from it, rename it to "
+            f"{checkpoint_name(newest.step)}",
+            SupersededWarning,
+            stacklevel=4,
         )
+
+
+def _find_missing(manifest: Manifest, *, consistent: bool) -> str | None:
+    if manifest.contents != "full":
+        return "optimizer state"
+    return "layers of one step" if consistent and not manifest.is_consistent else None
 
 
 def _none_left(run: Path, bad: Sequence[str], unfit: Sequence[str], *, consistent: bool) -> TailorError:

@@ -1,22 +1,19 @@
-"""Between torch tensors and the little-endian bytes safetensors files hold.
+"""Which torch tensors are rows of little-endian bytes, as safetensors files hold them, and what such a file calls them.
 
-Nothing here copies if it can help it, and nothing here casts: the bytes of a file are the bytes of memory. Only
-plain tensors have such bytes; ``why_not_plain`` says which tensors do not, so that callers refuse them with their
-own words before anything is written.
+The bytes of a file are the bytes of memory; nothing is ever cast. Only plain tensors have such bytes;
+``why_not_plain`` says which do not, so that callers refuse them with their own words before anything is written.
 """
 
 from __future__ import annotations
 
 import sys
 
-import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack
 
-from .errors import IntegrityError, UnsupportedError
+from .errors import UnsupportedError
 from .tensors import DTYPE_BITS, TensorMeta
 
-__all__ = ["dtype_name", "host_bytes", "meta_of", "tensor_from_bytes", "torch_dtype", "why_not_plain"]
+__all__ = ["dtype_name", "meta_of", "torch_dtype", "why_not_plain"]
 
 assert sys.byteorder == "little", "safetensors files are little-endian; so must be the memory that is mapped onto them"
 
@@ -96,56 +93,6 @@ def meta_of(tensor: torch.Tensor) -> TensorMeta:
     """
     _require_plain(tensor)
     return TensorMeta(dtype=_NAMES[tensor.dtype], shape=tuple(tensor.shape))
-
-
-def host_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's elements in row-major order, as bytes in host memory.
-
-    Args:
-        tensor: Plain, any shape and device.
-
-    Returns:
-        Read-only bytes. Of a contiguous CPU tensor they are a view, which keeps the memory alive and sees later
-        changes of the tensor; of any other a copy.
-
-    Raises:
-        UnsupportedError: The tensor is not plain, see ``why_not_plain``.
-    """
-    _require_plain(tensor)
-    # Conjugation and negation are flags on a view; the bytes behind it are not those of the values.
-    values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    # Flattened first: view(uint8) widens the last dimension, which a 0-dim tensor does not have.
-    return values.reshape(-1).view(torch.uint8).numpy().data.toreadonly()
-
-
-def tensor_from_bytes(buffer: memoryview | bytes | bytearray, meta: TensorMeta) -> torch.Tensor:
-    """A tensor over a buffer, without a copy.
-
-    Args:
-        buffer: The bytes, row-major. May be read-only (a mapped file): then the tensor must not be written to, which
-            torch does not know and the operating system punishes. Copy out of it.
-        meta: Element type and shape.
-
-    Returns:
-        A CPU tensor that shares, and keeps alive, the buffer.
-
-    Raises:
-        IntegrityError: The buffer is not as long as the tensor.
-        UnsupportedError: torch does not have the element type.
-    """
-    dtype = torch_dtype(meta.dtype)
-    if len(buffer) != meta.nbytes:
-        raise IntegrityError(
-            f"the bytes of a {meta} are not as many as it needs",
-            kind="tensor-size",
-            expected=f"{meta.nbytes} bytes",
-            found=f"{len(buffer)} bytes",
-        )
-    if not buffer:
-        return torch.empty(meta.shape, dtype=dtype)
-    # By DLPack, since torch.frombuffer and from_numpy warn about a read-only buffer, once per process, and silencing
-    # that would take warnings.catch_warnings, which is not safe with threads.
-    return from_dlpack(np.frombuffer(buffer, dtype=np.uint8)).view(dtype).reshape(meta.shape)
 
 
 def _require_plain(tensor: torch.Tensor) -> None:

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import TypeAlias
 
-import xxhash
-
 from .errors import FormatError, IntegrityError, NotFoundError
-from .formats.safetensors import Header, OpenFile, open_file
+from .formats.safetensors import Header, read_header
 from .formats.source_files import open_source
 from .formats.tailored import read_manifest
-from .manifest import MANIFEST_NAME, FileRecord, LayerRecord, Manifest, TensorRecord, digest_of
+from .manifest import MANIFEST_NAME, FileRecord, LayerRecord, Manifest
+from .storage import FileReader, read_files
 
 __all__ = [
     "FileState",
     "Problem",
     "VerifyReport",
-    "check_weights_header",
-    "open_verified",
+    "changed_bytes",
+    "check_layer_header",
+    "open_published",
     "verify_checkpoint",
 ]
 
 FileState: TypeAlias = tuple[int, int, int, int]
 """Device, inode, size and time of change: while these stay, so do the bytes."""
 
-_CHUNK_NBYTES = 8 * 2**20
 _OPTIMIZER_PREFIX = "state."
 
 
@@ -81,24 +80,34 @@ class VerifyReport:
             )
 
 
-def open_verified(checkpoint: Path, record: FileRecord) -> OpenFile:
-    """Open a layer file whose bytes are the published ones.
+@contextmanager
+def open_published(checkpoint: Path, record: FileRecord) -> Iterator[int]:
+    """A file of a checkpoint, open for reading, that has the published size.
 
     Raises:
-        IntegrityError: Another size or digest.
+        IntegrityError: It has another size.
         NotFoundError: It is gone.
-        FormatError: It is not a regular safetensors file.
+        FormatError: It is not a regular file.
     """
     path = checkpoint / record.path
-    opened = open_file(path)
-    if opened.buffer.nbytes != record.bytes:
-        raise IntegrityError(
-            "the file has another size", kind="file-size", path=path, expected=record.bytes, found=opened.buffer.nbytes
-        )
-    found = digest_of(opened.buffer)
-    if found != record.digest:
-        raise IntegrityError("the file's bytes changed", kind="digest", path=path, expected=record.digest, found=found)
-    return opened
+    try:
+        descriptor = open_source(path)
+    except NotFoundError as err:
+        raise NotFoundError("the file is missing", kind="missing-file", path=path) from err
+    try:
+        nbytes = os.fstat(descriptor).st_size
+        if nbytes != record.bytes:
+            raise IntegrityError(
+                "the file has another size", kind="file-size", path=path, expected=record.bytes, found=nbytes
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def changed_bytes(path: Path, expected: str, found: str) -> IntegrityError:
+    """The error for a file with another digest than was published."""
+    return IntegrityError("the file's bytes changed", kind="digest", path=path, expected=expected, found=found)
 
 
 def verify_checkpoint(
@@ -106,16 +115,19 @@ def verify_checkpoint(
     *,
     on_file: Callable[[FileRecord], None] = lambda record: None,
     digests: MutableMapping[FileState, str] | None = None,
+    has_layers: bool = True,
 ) -> VerifyReport:
     """Check every file of a checkpoint against its manifest, and every layer file against the model schema.
 
-    All problems are collected. A failing device (``EIO``) is raised as it is: it says nothing about the checkpoint.
+    Several files are read at a time. All problems are collected. A failing device (``EIO``) is raised as it is: it
+    says nothing about the checkpoint.
 
     Args:
         checkpoint: The directory.
-        on_file: Called before each file is read, for a progress bar.
+        on_file: Called before each file is read, for a progress bar; by one thread at a time.
         digests: Of files read before, filled as more are read: pass the same one for several checkpoints of a run, and
             a file that they share is read once.
+        has_layers: False leaves the layer files to whoever loads them, and checks the others alone.
 
     Raises:
         NotFoundError: There is no checkpoint.
@@ -125,23 +137,24 @@ def verify_checkpoint(
     except FormatError as err:
         problem = _problem_of(MANIFEST_NAME, None, err)
         return VerifyReport(path=str(checkpoint), step=None, num_files=1, nbytes=0, problems=(problem,), unlisted=())
-    problems = list(_verify_name(checkpoint, manifest))
-    nbytes = 0
-    for layer, record in _files_by_layer(manifest):
-        on_file(record)
+    cache = {} if digests is None else digests
+    files = [each for each in _files_by_layer(manifest) if has_layers or each[0] is None]
+
+    def verify(file: tuple[LayerRecord | None, FileRecord], reader: FileReader) -> Problem | None:
+        layer, record = file
         try:
-            _verify_file(checkpoint, record, {} if digests is None else digests)
-            if layer is not None:
-                _verify_header(checkpoint, manifest, layer, record)
+            _verify_file(checkpoint, manifest, layer, record, cache, reader)
         except (FormatError, NotFoundError) as err:
-            problems.append(_problem_of(record.path, None if layer is None else layer.name, err))
-        nbytes += record.bytes
+            return _problem_of(record.path, None if layer is None else layer.name, err)
+        return None
+
+    found = read_files(files, lambda file: file[1].bytes, verify, on_begin=lambda file: on_file(file[1]))
     return VerifyReport(
         path=str(checkpoint),
         step=manifest.step,
-        num_files=1 + len(manifest.all_files),
-        nbytes=nbytes,
-        problems=tuple(problems),
+        num_files=1 + len(files),
+        nbytes=sum(record.bytes for _, record in files),
+        problems=(*_verify_name(checkpoint, manifest), *(problem for problem in found if problem is not None)),
         unlisted=tuple(_unlisted(checkpoint, manifest)),
     )
 
@@ -171,52 +184,50 @@ def _verify_name(checkpoint: Path, manifest: Manifest) -> Iterator[Problem]:
         )
 
 
-def _verify_file(checkpoint: Path, record: FileRecord, digests: MutableMapping[FileState, str]) -> None:
+def _verify_file(
+    checkpoint: Path,
+    manifest: Manifest,
+    layer: LayerRecord | None,
+    record: FileRecord,
+    digests: MutableMapping[FileState, str],
+    reader: FileReader,
+) -> None:
     path = checkpoint / record.path
-    try:
-        file = os.fdopen(open_source(path), "rb", buffering=0)
-    except (FileNotFoundError, NotADirectoryError) as err:
-        raise NotFoundError("the file is missing", kind="missing-file", path=path) from err
-    with file:
-        status = os.fstat(file.fileno())
-        if status.st_size != record.bytes:
-            raise IntegrityError(
-                "the file has another size", kind="file-size", path=path, expected=record.bytes, found=status.st_size
-            )
+    with open_published(checkpoint, record) as descriptor:
+        status = os.fstat(descriptor)
         state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        found = digests.get(state) or _digest_file(file, status.st_size)
-    digests[state] = found
-    if found != record.digest:
-        raise IntegrityError("the file's bytes changed", kind="digest", path=path, expected=record.digest, found=found)
+        found = digests.get(state) or reader.digest(descriptor, status.st_size, path)
+        digests[state] = found
+        if found != record.digest:
+            raise changed_bytes(path, record.digest, found)
+        if layer is not None:
+            # A writer's mistake is found here, not at resume.
+            check_layer_header(path, manifest, layer, record, read_header(descriptor, path)[0])
 
 
-def _digest_file(file: FileIO, nbytes: int) -> str:
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(_CHUNK_NBYTES, max(1, nbytes))))
-    while count := file.readinto(buffer):
-        digest.update(buffer[:count])
-    return f"xxh3_128:{digest.hexdigest()}"
+def check_layer_header(path: Path, manifest: Manifest, layer: LayerRecord, record: FileRecord, header: Header) -> None:
+    """Raise unless a layer file holds what the schema says.
 
-
-def _verify_header(checkpoint: Path, manifest: Manifest, layer: LayerRecord, record: FileRecord) -> None:
-    """A layer file holds what the schema says: a writer's mistake is found here, not at resume."""
-    if record is layer.weights:
-        check_weights_header(checkpoint, manifest, layer)
-    else:
-        tensors = {tensor.fqn: tensor for tensor in manifest.tensors if tensor.layer == layer.name}
-        _check_state_names(checkpoint / record.path, tensors, open_file(checkpoint / record.path).header)
-
-
-def check_weights_header(checkpoint: Path, manifest: Manifest, layer: LayerRecord) -> None:
-    """Raise unless a weights file holds exactly the tensors of its layer; reads its header alone.
+    Args:
+        path: For the error.
+        manifest: Of the checkpoint.
+        layer: Whose file it is.
+        record: One of ``layer.files``.
+        header: Of the file.
 
     Raises:
-        NotFoundError: It is gone.
-        FormatError: It is no regular safetensors file, or a tensor is missing, too many, or of another type or shape.
+        FormatError: A tensor of the weights is missing, too many, or of another type or shape; or there is optimizer
+            state of another layer's parameter.
     """
-    path = checkpoint / layer.weights.path
-    of_layer = (tensor for tensor in manifest.tensors if tensor.layer == layer.name and tensor.tied_to is None)
-    expected = {tensor.fqn: str(tensor.meta) for tensor in of_layer}
-    found = {name: str(tensor.meta) for name, tensor in open_file(path).header.tensors.items()}
+    of_layer = [tensor for tensor in manifest.tensors if tensor.layer == layer.name]
+    if record is layer.weights:
+        expected = {tensor.fqn: str(tensor.meta) for tensor in of_layer if tensor.tied_to is None}
+        _check_tensors(path, expected, {name: str(stored.meta) for name, stored in header.tensors.items()})
+    else:
+        _check_state_names(path, [tensor.fqn for tensor in of_layer], header)
+
+
+def _check_tensors(path: Path, expected: dict[str, str], found: dict[str, str]) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise FormatError(
@@ -229,8 +240,8 @@ def check_weights_header(checkpoint: Path, manifest: Manifest, layer: LayerRecor
             )
 
 
-def _check_state_names(path: Path, tensors: dict[str, TensorRecord], header: Header) -> None:
-    prefixes = tuple(f"{_OPTIMIZER_PREFIX}{fqn}." for fqn in tensors)
+def _check_state_names(path: Path, fqns: list[str], header: Header) -> None:
+    prefixes = tuple(f"{_OPTIMIZER_PREFIX}{fqn}." for fqn in fqns)
     for name in header.tensors:
         if not name.startswith(prefixes):
             raise FormatError(

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from llmtailor import verify as verify_module
+from llmtailor.storage import FileReader
 
 Command: TypeAlias = Callable[..., Any]
 
@@ -28,14 +28,14 @@ def test_verify_of_a_run_is_of_all_its_checkpoints(run: Path, llmtailor: Command
 
 def test_verify_reads_a_shared_file_once(run: Path, llmtailor: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     num_read = 0
-    digest_file = verify_module._digest_file
+    read = FileReader.digest
 
-    def count(*arguments: Any) -> str:
+    def count(*arguments: Any, **options: Any) -> Any:
         nonlocal num_read
         num_read += 1
-        return digest_file(*arguments)
+        return read(*arguments, **options)
 
-    monkeypatch.setattr(verify_module, "_digest_file", count)
+    monkeypatch.setattr(FileReader, "digest", count)
     llmtailor("verify", run)
     files = [path for path in run.glob("checkpoint-*/**/*") if path.is_file() and path.name != "tailor.json"]
     assert num_read == len({path.stat().st_ino for path in files}) < len(files)
@@ -129,7 +129,7 @@ def test_a_failing_device_is_not_evidence_against_a_checkpoint(
     def fail(*arguments: Any) -> str:
         raise OSError(5, "Input/output error", "disk")
 
-    monkeypatch.setattr(verify_module, "_digest_file", fail)
+    monkeypatch.setattr(FileReader, "digest", fail)
     result = llmtailor("verify", run, exit_code=74)
     assert "Input/output error" in result.stderr
     assert "BAD" not in result.stdout

@@ -10,9 +10,10 @@ import torch
 
 from llmtailor.file_plan import CheckpointPlan, FilePlan, FileRange, Part, WrittenFile, Zeros
 from llmtailor.manifest import digest_of
-from llmtailor.tensor_bytes import host_bytes, tensor_from_bytes, torch_dtype
+from llmtailor.tensor_bytes import torch_dtype
 from llmtailor.tensor_refs import AveragedTensor, CastTensor, FileTensor, InlineTensor, ScaledTensor, TensorRef
 from llmtailor.tensors import DTYPE_BITS
+from tensor_content import host_bytes, tensor_from_bytes
 
 
 def write_checkpoint(plan: CheckpointPlan, directory: Path) -> Path:

@@ -15,7 +15,7 @@ from llmtailor.catalog import Catalog, StateRef
 from llmtailor.errors import IncompatibleError, UnsupportedError
 from llmtailor.formats import detect_format, open_catalog
 from llmtailor.manifest import digest_of
-from llmtailor.tensor_bytes import host_bytes
+from tensor_content import host_bytes
 
 DATA = Path(__file__).parent.parent / "compat" / "data"
 TARGETS = ("deepspeed", "hf", "tailored", "dcp")

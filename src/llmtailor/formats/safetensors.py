@@ -27,7 +27,17 @@ from ..errors import FormatError, NotFoundError, UnsupportedError
 from ..strict_json import parse_object
 from ..tensors import DTYPE_BITS, ByteRange, TensorMeta
 
-__all__ = ["DATA_ALIGNMENT", "Header", "Layout", "OpenFile", "StoredTensor", "open_file", "parse_header", "plan_layout"]
+__all__ = [
+    "DATA_ALIGNMENT",
+    "Header",
+    "Layout",
+    "OpenFile",
+    "StoredTensor",
+    "open_file",
+    "parse_header",
+    "plan_layout",
+    "read_header",
+]
 
 DATA_ALIGNMENT = 4096
 _LENGTH_WIDTH = 8
@@ -35,6 +45,8 @@ _METADATA_NAME = "__metadata__"
 # Upstream allows 100 MB; a header of 25 MiB names some 200,000 tensors, far more than one layer has.
 _MAX_HEADER_BYTES = 25 * 2**20
 _MAX_NAME_LENGTH = 1024
+# Holds the header of most layer files.
+_FIRST_READ_NBYTES = 16 * 2**10
 # torch has 64 at most; without a bound, the product of a million sizes takes an hour.
 _MAX_DIMS = 64
 
@@ -125,24 +137,22 @@ def _cannot_hold(what: str, found: str, expected: str) -> UnsupportedError:
     )
 
 
-def parse_header(buffer: memoryview | mmap.mmap | bytes, path: Path | str) -> Header:
-    """Read and check the header of a whole file.
+def parse_header(buffer: memoryview | mmap.mmap | bytes, path: Path | str, nbytes: int | None = None) -> Header:
+    """Read and check the header of a file.
 
     Args:
-        buffer: The file's bytes, all of them (only the header is touched).
+        buffer: The file's first bytes; its header at least.
         path: For the error.
+        nbytes: Size of the file; None if the buffer is all of it.
 
     Raises:
         FormatError: The header is too large, is not strict JSON, has an unknown element type, or the tensors do
             not cover the rest of the file exactly once.
     """
-    if len(buffer) < _LENGTH_WIDTH:
-        raise _refuse(path, "header-length", "the file is shorter than a header", ">= 8 bytes", f"{len(buffer)} bytes")
-    (header_nbytes,) = struct.unpack("<Q", bytes(buffer[:_LENGTH_WIDTH]))
-    room = min(_MAX_HEADER_BYTES, len(buffer) - _LENGTH_WIDTH)
-    if header_nbytes > room:
-        raise _refuse(path, "header-length", "the header does not fit", f"<= {room} bytes", f"{header_nbytes} bytes")
-    data_start = _LENGTH_WIDTH + header_nbytes
+    nbytes = len(buffer) if nbytes is None else nbytes
+    data_start = _find_data(buffer, path, nbytes)
+    if len(buffer) < data_start:
+        raise _refuse(path, "file-size", "the file became shorter", f">= {data_start} bytes", f"{len(buffer)} bytes")
     entries = parse_object(bytes(buffer[_LENGTH_WIDTH:data_start]), what="safetensors header", path=path)
     metadata = _check_metadata(entries.pop(_METADATA_NAME, {}), path)
     stored = [_parse_entry(name, entry, data_start, path) for name, entry in entries.items()]
@@ -154,9 +164,41 @@ def parse_header(buffer: memoryview | mmap.mmap | bytes, path: Path | str) -> He
                 path, "tensor-gap", "tensors overlap or leave a hole", position, tensor.byte_range.start, tensor.name
             )
         position = tensor.byte_range.end
-    if position != len(buffer):
-        raise _refuse(path, "file-size", "the file is not as long as its tensors", f"{position} bytes", len(buffer))
+    if position != nbytes:
+        raise _refuse(path, "file-size", "the file is not as long as its tensors", f"{position} bytes", nbytes)
     return Header(tensors={tensor.name: tensor for tensor in stored}, metadata=metadata, nbytes=position)
+
+
+def _find_data(buffer: memoryview | mmap.mmap | bytes, path: Path | str, nbytes: int) -> int:
+    """Where the header ends."""
+    if len(buffer) < _LENGTH_WIDTH:
+        raise _refuse(path, "header-length", "the file is shorter than a header", ">= 8 bytes", f"{len(buffer)} bytes")
+    (header_nbytes,) = struct.unpack("<Q", bytes(buffer[:_LENGTH_WIDTH]))
+    room = min(_MAX_HEADER_BYTES, nbytes - _LENGTH_WIDTH)
+    if header_nbytes > room:
+        raise _refuse(path, "header-length", "the header does not fit", f"<= {room} bytes", f"{header_nbytes} bytes")
+    return _LENGTH_WIDTH + int(header_nbytes)
+
+
+def read_header(descriptor: int, path: Path | str) -> tuple[Header, bytes]:
+    """Read and check the header of an open file.
+
+    Args:
+        descriptor: Of a regular file, open for reading.
+        path: For the error.
+
+    Returns:
+        The header, and the bytes it was read from: all before the first tensor.
+
+    Raises:
+        FormatError: As ``parse_header``.
+    """
+    nbytes = os.fstat(descriptor).st_size
+    prefix = os.pread(descriptor, min(nbytes, _FIRST_READ_NBYTES), 0)
+    data_start = _find_data(prefix, path, nbytes)
+    while len(prefix) < data_start and (more := os.pread(descriptor, data_start - len(prefix), len(prefix))):
+        prefix += more
+    return parse_header(prefix, path, nbytes), prefix[:data_start]
 
 
 def _check_metadata(value: object, path: Path | str) -> dict[str, str]:
