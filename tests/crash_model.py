@@ -3,19 +3,24 @@
 A ``RecordingFileSystem`` notes what a scenario does. Then a crash is supposed after each operation, and of those that
 were not fsynced, some are lost. After ALICE (Pillai et al., OSDI 2014), with two rules:
 
-- bytes of a file last once the file was fsynced; a name (made, moved, removed) lasts once a directory it stands or
-  stood in was fsynced; nothing else lasts, and what does not last may be lost or kept in any combination;
+- bytes of a file, and its length, last once the file was fsynced; a name (made, moved, removed) lasts once a directory
+  it stands or stood in was fsynced; nothing else lasts, and what does not last may be lost or kept in any combination;
 - a rename is seen whole or not at all.
+
+Bytes that went around the page cache (O_DIRECT) are no exception: they may still be in the device's cache, and the
+blocks they went to may not be the file's yet. Source: Linux man-pages 6.9, open(2), NOTES: O_DIRECT "does not give the
+guarantees of the O_SYNC flag that data and necessary metadata are transferred".
 """
 
 from __future__ import annotations
 
 import random
 import shutil
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from faults import FaultyFileSystem, SimulatedCrash
 
@@ -41,6 +46,14 @@ class Bytes:
 
 
 @dataclass(frozen=True)
+class Length:
+    """A file cut off, or made longer with zeros."""
+
+    inode: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Sync:
     """A file or directory made durable."""
 
@@ -54,15 +67,20 @@ class Mark:
     state: Any
 
 
-Operation = Names | Bytes | Sync | Mark
+Operation = Names | Bytes | Length | Sync | Mark
+Tear = Literal["first half", "second half"]
+"""What is there of a torn write; a device writes its sectors in any order."""
 
 
 class RecordingFileSystem(FaultyFileSystem):
     """Does everything for real under a directory, and keeps a journal of it.
 
+    Threads take turns: an operation and its note are one, so the journal is an order in which it happened.
+
     Args:
         root: Durable from the start; only what happens below it is noted.
         is_lie: Given ("fsync" | "fsync_directory", path, target of the latest rename): true to return without doing it.
+        trusts_direct: Takes bytes that went around the page cache for durable, and never fsyncs their file.
         is_thief: Make a "link" by moving the file.
         dies_removing: Stop the world once, between the rename and the fsync of a removal.
     """
@@ -72,6 +90,7 @@ class RecordingFileSystem(FaultyFileSystem):
         root: Path,
         *,
         is_lie: Callable[[str, Path, Path], bool] = lambda name, path, moved: False,
+        trusts_direct: bool = False,
         is_thief: bool = False,
         dies_removing: bool = False,
         refused: Mapping[str, int] | None = None,
@@ -80,18 +99,27 @@ class RecordingFileSystem(FaultyFileSystem):
         self.journal: list[Operation] = []
         self._root = root
         self._is_lie = is_lie
+        self._trusts_direct = trusts_direct
         self._is_thief = is_thief
         self._dies_removing = dies_removing
         self._tree: dict[int, dict[str, int]] = {ROOT: {}}
         self._next = ROOT + 1
         self._file_of: dict[int, tuple[int, Path]] = {}
         self._size: dict[int, int] = {}
+        self.direct: set[int] = set()
+        """Files that are written around the page cache."""
+        self._turn = threading.Lock()
         self._moved = root
 
     def mark(self, state: Any) -> None:
-        self.journal.append(Mark(state))
+        with self._turn:
+            self.journal.append(Mark(state))
 
     def _perform(self, name: str, *args: Any) -> Any:
+        with self._turn:
+            return self._perform_and_note(name, *args)
+
+    def _perform_and_note(self, name: str, *args: Any) -> Any:
         if name == "fsync_directory" and self._dies_removing and "remove-" in self._moved.name:
             self._dies_removing = False
             raise SimulatedCrash(name)
@@ -157,9 +185,20 @@ class RecordingFileSystem(FaultyFileSystem):
         self.journal.append(Bytes(inode, self._size[inode], buffer.nbytes, bytes(buffer)))
         self._size[inode] += buffer.nbytes
 
+    def _note_write_at(self, descriptor: int, buffer: memoryview, offset: int, _: None) -> None:
+        self.journal.append(Bytes(self._file_of[descriptor][0], offset, buffer.nbytes, bytes(buffer)))
+
+    def _note_truncate(self, descriptor: int, nbytes: int, _: None) -> None:
+        self.journal.append(Length(self._file_of[descriptor][0], nbytes))
+
+    def _note_set_direct(self, descriptor: int, is_direct: bool, _: None) -> None:
+        if is_direct:
+            self.direct.add(self._file_of[descriptor][0])
+
     def _note_fsync(self, descriptor: int, _: None) -> None:
         inode, path = self._file_of[descriptor]
-        if not self._is_lie("fsync", path, self._moved):
+        is_trusted = self._trusts_direct and inode in self.direct
+        if not is_trusted and not self._is_lie("fsync", path, self._moved):
             self.journal.append(Sync(inode))
 
     def _note_fsync_directory(self, path: Path, _: None) -> None:
@@ -226,7 +265,7 @@ def _durable_at(journal: list[Operation]) -> list[float]:
         if isinstance(operation, Names):
             for directory, _, _ in operation.changes:
                 waiting.setdefault(directory, []).append(index)
-        elif isinstance(operation, Bytes):
+        elif isinstance(operation, Bytes | Length):
             waiting.setdefault(operation.inode, []).append(index)
         else:
             durable_at[index] = -1
@@ -235,25 +274,30 @@ def _durable_at(journal: list[Operation]) -> list[float]:
     return durable_at
 
 
-def _choices(pending: list[int], chance: random.Random, num_random: int) -> Iterator[tuple[set[int], set[int]]]:
+def _choices(
+    pending: list[int], chance: random.Random, num_random: int
+) -> Iterator[tuple[set[int], Mapping[int, Tear]]]:
     """Which pending operations are lost, and which writes are torn."""
     everything, nothing = set(pending), set[int]()
-    yield nothing, nothing
+    whole: Mapping[int, Tear] = {}
+    yield nothing, whole
     if not pending:
         return
-    yield everything, nothing
-    yield nothing, everything
+    yield everything, whole
+    yield nothing, dict.fromkeys(pending, "first half")
+    yield nothing, dict.fromkeys(pending, "second half")
     for one in pending:
-        yield {one}, nothing
-        yield everything - {one}, nothing
+        yield {one}, whole
+        yield everything - {one}, whole
     for cut in range(1, len(pending)):  # a journal that keeps the order
-        yield set(pending[cut:]), nothing
+        yield set(pending[cut:]), whole
+    halves: tuple[Tear, Tear] = ("first half", "second half")
     for _ in range(num_random):
         lost = {index for index in pending if chance.random() < 0.5}
-        yield lost, {index for index in pending if chance.random() < 0.25}
+        yield lost, {index: chance.choice(halves) for index in pending if chance.random() < 0.25}
 
 
-def _replay(operations: list[Operation], lost: set[int], torn: set[int]) -> Image:
+def _replay(operations: list[Operation], lost: set[int], torn: Mapping[int, Tear]) -> Image:
     tree: dict[int, dict[str, int]] = {}
     writes: dict[int, list[Hashable]] = {}
     for index, operation in enumerate(operations):
@@ -267,7 +311,9 @@ def _replay(operations: list[Operation], lost: set[int], torn: set[int]) -> Imag
                 else:
                     names[name] = inode
         elif isinstance(operation, Bytes):
-            writes.setdefault(operation.inode, []).append((index, index in torn))
+            writes.setdefault(operation.inode, []).append((index, torn.get(index)))
+        elif isinstance(operation, Length):
+            writes.setdefault(operation.inode, []).append((index, None))
     files = {operation.inode for operation in operations if isinstance(operation, Bytes)}
     image: Image = {}
 
@@ -296,12 +342,17 @@ def build_image(journal: list[Operation], image: Image, root: Path) -> None:
 
 def _content(journal: list[Operation], writes: tuple[Any, ...]) -> bytes:
     content = bytearray()
-    for index, is_torn in writes:
+    for index, tear in writes:
         operation = journal[index]
+        if isinstance(operation, Length):
+            content[operation.nbytes :] = bytes(max(0, operation.nbytes - len(content)))
+            continue
         assert isinstance(operation, Bytes)
         end = operation.offset + operation.nbytes
         content.extend(bytes(max(0, end - len(content))))
         if operation.content is not None:
-            kept = operation.nbytes // 2 if is_torn else operation.nbytes
-            content[operation.offset : operation.offset + kept] = operation.content[:kept]
+            half = operation.nbytes // 2
+            first = half if tear == "second half" else 0
+            last = half if tear == "first half" else operation.nbytes
+            content[operation.offset + first : operation.offset + last] = operation.content[first:last]
     return bytes(content)

@@ -9,6 +9,7 @@ import random
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,8 +29,9 @@ from llmtailor.manifest import (
     Writer,
 )
 from llmtailor.storage import LocalFileSystem, RunDirectory, checkpoint_name
+from llmtailor.storage.staging import translate_os_errors
 from llmtailor.tensors import TensorMeta
-from llmtailor.writer import LinkedFile, SaveJob, WrittenLayer, write_checkpoint
+from llmtailor.writer import Engine, LinkedFile, SaveCost, SaveHandle, SaveJob, WrittenLayer
 
 LAYERS = ("embed_tokens", "layers.0", "layers.1", "norm")
 RUN_ID = "0" * 32
@@ -132,6 +134,8 @@ class FaultyFileSystem:
             self._perform(name, *args)
         elif moment == "half" and name == "write":
             self._local.write(args[0], args[1][: args[1].nbytes // 2])
+        elif moment == "half" and name == "write_at":
+            self._local.write_at(args[0], args[1][: args[1].nbytes // 2], args[2])
         elif moment == "after":
             result = self._perform(name, *args)
             if name in {"create", "open_for_reading"}:
@@ -146,9 +150,16 @@ class FakeFile:
     layout: Layout
     content: bytes
 
-    def chunks(self) -> Iterator[memoryview]:
-        yield memoryview(self.layout.prefix)
-        yield memoryview(self.content)
+    tensors: tuple[()] = ()
+    referred: tuple[()] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def parts(self) -> tuple[memoryview, memoryview]:
+        return memoryview(self.layout.prefix), memoryview(self.content)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +168,22 @@ class FakeLayer:
 
     layer: str
     files: tuple[FakeFile, ...]
-    update_count: int
+    num_updates: int
 
     @property
     def nbytes(self) -> int:
-        return sum(file.layout.nbytes for file in self.files)
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def weights(self) -> FakeFile:
+        return self.files[0]
+
+    @property
+    def optimizer(self) -> FakeFile | None:
+        return self.files[1] if len(self.files) == 2 else None
+
+    def count_updates(self) -> int:
+        return self.num_updates
 
 
 def fake_layer(layer: str, step: int, *, has_optimizer: bool = True, numel: int = 3) -> FakeLayer:
@@ -174,7 +196,7 @@ def fake_layer(layer: str, step: int, *, has_optimizer: bool = True, numel: int 
         layout = plan_layout([(tensor, TensorMeta(dtype="F32", shape=(numel,)))], {"format": "pt"})
         content = random.Random(f"{name} {step}").randbytes(4 * numel)
         files.append(FakeFile(name=name, layout=layout, content=content))
-    return FakeLayer(layer=layer, files=tuple(files), update_count=step)
+    return FakeLayer(layer=layer, files=tuple(files), num_updates=step)
 
 
 def write_fake_small_files(directory: Path, step: int) -> None:
@@ -259,7 +281,7 @@ def save_fake(
     kept = {} if parent is None else {each.name: each for each in parent.manifest.layers if each.name not in layers}
     assert set(LAYERS) == {*layers, *kept}
 
-    def build(written: Mapping[str, WrittenLayer], small: Sequence[FileRecord]) -> Manifest:
+    def build(written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost) -> Manifest:
         records = [
             kept[layer] if layer in kept else fake_record(layer, step, save_index, written[layer]) for layer in LAYERS
         ]
@@ -276,21 +298,40 @@ def save_fake(
         )
 
     images: Any = [fake_layer(name, step, has_optimizer=is_full, numel=numel) for name in LAYERS if name in layers]
+    links = [
+        LinkedFile(record=file, source=parent.path / file.path)
+        for layer in kept.values()
+        for file in layer.files
+        if parent is not None
+    ]
+    saved: list[Checkpoint] = []
+    staged = run.stage(step, sum(image.nbytes for image in images), sum(len(image.files) for image in images))
+    try:
+        with translate_os_errors("write the small files", staged.path):
+            write_small_files(staged.path, step)
+    except BaseException:
+        run.abandon(staged)
+        raise
     job = SaveJob(
         step=step,
-        is_first=parent is None,
+        staged=staged,
         images=images,
-        links=[
-            LinkedFile(record=file, source=parent.path / file.path)
-            for layer in kept.values()
-            for file in layer.files
-            if parent is not None
-        ],
-        write_small_files=lambda directory: write_small_files(directory, step),
+        plan_links=lambda: links,
         build_manifest=build,
+        is_first=lambda: parent is None,
+        on_published=lambda path, manifest, digest: saved.append(
+            Checkpoint(path=path, manifest=manifest, digest=digest)
+        ),
+        tidy_up=lambda path: None,
     )
-    path, manifest, digest = write_checkpoint(run, job)
-    return Checkpoint(path=path, manifest=manifest, digest=digest)
+    engine = Engine(run, pool_nbytes=2**16)
+    handle = SaveHandle(step)
+    try:
+        engine.submit(job, handle, called=time.perf_counter())
+        handle.result()
+    finally:
+        engine.close()
+    return saved[0]
 
 
 @dataclass(kw_only=True)

@@ -1,32 +1,34 @@
 """The one object behind every integration: saves a run's checkpoints, finds the one to resume from.
 
-    save:   strategy picks layers -> images -> writer (files, links, small files, manifest) -> publish -> retention
-    resume: newest that verifies -> the run goes on from it
+    save:   strategy picks layers -> held images -> engine (capture, write, commit, publish) -> retention -> mirror
+    resume: newest that verifies, of either tier -> the run goes on from it
 
-A failed save never stops training and never touches an older checkpoint: it warns at once, the next save raises if it
-fails too, and ``close`` raises if nothing was saved since.
+A save returns at once; the engine's threads do the rest, and an optimizer's step waits for the state to be captured.
+A failed save never stops training and never touches an older checkpoint. The training thread learns of it at the next
+call: it warns, the second failure in a row raises, and ``close`` raises if nothing was saved since.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import logging
 import os
-import platform
-import secrets
-import socket
+import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from . import __version__
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint
 from .errors import (
     FormatError,
     InvalidInputError,
@@ -34,27 +36,55 @@ from .errors import (
     SaveFailedWarning,
     StrategyIgnoredWarning,
     TailorError,
-    UnsupportedError,
     WriteError,
 )
-from .manifest import INDEX_NAME, FileRecord, Manifest, Parent, World, Writer
-from .model_state import ModelState, is_adapted, read_model
-from .resume import find_resumable
-from .retention import Kept, choose_removals
+from .lineage import Lineage
+from .live_state import LiveReader
+from .manifest import INDEX_NAME
+from .model_state import ModelState, is_adapted
+from .resume import Fill, find_resumable, load_resumable
 from .save_plan import Contents, SavePlan, encode_index, plan_save
-from .storage import LocalFileSystem, RunDirectory, list_checkpoints
+from .storage import LocalFileSystem, StagedCheckpoint
 from .strategies import Full, SaveContext, Strategy, parse_strategy
-from .writer import LinkedFile, SaveHandle, SaveJob, SaveStats, WrittenLayer, write_checkpoint
+from .tiers import Tiers
+from .writer import Durability, Engine, SaveHandle, WhenBusy, admit
 
-__all__ = ["Checkpointer"]
+__all__ = ["Checkpointer", "EngineOptions", "check_options", "engine_options"]
 
 logger = logging.getLogger(__name__)
+
+# Open in this process; closed at its end at the latest.
+_OPEN: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+_SOFT = (WriteError, FormatError, NotFoundError)
+"""What stops a save and not the training: faults of storage, and state that was changed while it was captured."""
+
+
+class EngineOptions(TypedDict, total=False):
+    """How a run's checkpoints are written; the same for every integration."""
+
+    capture: Literal["lazy", "blocking"]
+    """"lazy" (default) copies the state while training goes on, up to the next optimizer step; "blocking" before
+    ``save`` returns."""
+    pool_nbytes: int | None
+    """Host memory for state on its way to the disk. None (default) takes what one save needs, up to a quarter of the
+    free memory. A smaller pool works, and makes optimizer steps wait for the disk."""
+    max_in_flight: int
+    """How many saves may be under way; 1 by default."""
+    when_busy: WhenBusy
+    """At that limit, a save waits ("wait", default) or is left out and counted ("skip")."""
+    mirror: Path | str | None
+    """A second directory, on another file system, that every checkpoint is copied to in the background."""
+    mirror_keep: int | None
+    """How many checkpoints to keep in the mirror; None (default) keeps all."""
+    durable: Durability
+    """What ``SaveHandle.result`` waits for: "local" (default), or "mirror", too. A copy that fails then counts as a
+    failed save."""
 
 
 class Checkpointer:
     """Saves and finds the checkpoints of one run; holds the run's lock until ``close``.
 
-    Called on rank 0 of a single-process run.
+    Called on rank 0 of a single-process run, by the thread that trains.
 
     Args:
         directory: The run.
@@ -64,11 +94,12 @@ class Checkpointer:
         split_experts: Every expert is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
         filesystem: For tests.
+        **options: See ``EngineOptions``.
 
     Raises:
-        InvalidInputError: An unknown strategy.
-        LockedError: Another process writes this run.
-        WriteError: The directory cannot be written.
+        InvalidInputError: An unknown strategy, or an option that makes no sense.
+        LockedError: Another process writes this run, or its mirror.
+        WriteError: The directory, or the mirror, cannot be written.
     """
 
     def __init__(
@@ -81,18 +112,41 @@ class Checkpointer:
         split_experts: bool = False,
         layer_overrides: Mapping[str, Sequence[str]] | None = None,
         filesystem: LocalFileSystem | None = None,
+        **options: Unpack[EngineOptions],
     ) -> None:
+        check_options(options)
         self._strategy = parse_strategy(strategy)
-        self._keep = keep
-        self._keep_consistent = keep_consistent
-        self._split_experts = split_experts
-        self._layer_overrides = layer_overrides
+        self._reader = LiveReader(split_experts=split_experts, overrides=layer_overrides)
+        self._options = options
+        self._is_blocking = options.get("capture", "lazy") == "blocking"
+        self._is_prepared = False
         self._directory = Path(directory)
-        self._run_id = secrets.token_hex(16)
-        self._parent: Checkpoint | None = None
         self._newest: SaveHandle | None = None
-        self._failure: TailorError | None = None
-        self._run = RunDirectory(self._directory, filesystem)
+        self._uncollected: list[SaveHandle] = []
+        """Never changed in place: another thread may be reading it."""
+        self._failures: list[TailorError] = []
+        """Of the saves since the last one that worked."""
+        self.num_skipped = 0
+        """Saves that were left out because another was in flight."""
+        self._tiers = Tiers(
+            self._directory,
+            keep=keep,
+            keep_consistent=keep_consistent,
+            mirror=options.get("mirror"),
+            mirror_keep=options.get("mirror_keep"),
+            filesystem=filesystem,
+        )
+        try:
+            self._engine = Engine(self._tiers.run, pool_nbytes=options.get("pool_nbytes"))
+        except BaseException:
+            self._tiers.close()
+            raise
+        self._lineage = Lineage(self._tiers)
+        hook = register_optimizer_step_pre_hook(_hold_back(weakref.ref(self._engine)))
+        # Whoever forgets to close it still gets the saves in flight, and the run's lock goes with it.
+        self._finalizer = weakref.finalize(self, _end, hook, self._engine, self._tiers)
+        self._finalizer.atexit = False
+        _OPEN.add(self)
 
     @property
     def directory(self) -> Path:
@@ -100,25 +154,46 @@ class Checkpointer:
 
     def read_model(self, module: torch.nn.Module) -> ModelState:
         """The model as this run saves it: its layers, schema and live tensors."""
-        return read_model(module, split_experts=self._split_experts, overrides=self._layer_overrides)
+        return self._reader.read_model(module)
 
     def find(self, *, consistent: bool = False, max_rollback_steps: int | None = None) -> Checkpoint | None:
-        """The newest checkpoint that verifies; see ``find_resumable``."""
-        return find_resumable(self._run, consistent=consistent, max_rollback_steps=max_rollback_steps)
+        """The newest checkpoint that verifies, of either tier; see ``find_resumable``."""
+        self.drain()
+        return find_resumable(self._tiers.all, consistent=consistent, max_rollback_steps=max_rollback_steps)
+
+    def load(
+        self,
+        plan: Callable[[Checkpoint], Fill],
+        *,
+        consistent: bool = False,
+        max_rollback_steps: int | None = None,
+    ) -> Checkpoint | None:
+        """Load the newest checkpoint that verifies, of either tier, while it is verified; see ``load_resumable``."""
+        self.drain()
+        return load_resumable(self._tiers.all, plan, consistent=consistent, max_rollback_steps=max_rollback_steps)
 
     def begin(self, parent: Checkpoint | None) -> None:
         """Start a lineage: the next save follows ``parent``, or nothing.
 
         Without a parent the next save is full. With one, layers that it does not write are linked from it.
         """
-        self._parent = parent
+        self.drain()
         self._newest = None
-        is_continued = parent is not None and self._follows_own()
-        self._run_id = parent.manifest.run_id if parent is not None and is_continued else secrets.token_hex(16)
+        self._lineage.begin(parent)
 
-    def _follows_own(self) -> bool:
-        """True if the next save follows a checkpoint of this directory."""
-        return self._parent is not None and self._parent.path.resolve().parent == self._directory.resolve()
+    def prepare(
+        self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, contents: Contents = "full"
+    ) -> None:
+        """Have the host memory for the first save ready when it comes; costs something on the first call alone.
+
+        Call it when the optimizers have state, after a step. Fresh memory takes several times as long to fill as
+        memory that was in use.
+        """
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        live = self._reader.read(module, optimizers if contents == "full" else ())
+        self._engine.prepare([*live.images.values()])
 
     def save(
         self,
@@ -132,7 +207,8 @@ class Checkpointer:
     ) -> SaveHandle:
         """Save one checkpoint, ``checkpoint-<step>``.
 
-        A step is saved once: asked again, the first save's handle comes back.
+        Returns when buffers, small tensors and small files are copied; the rest is captured until the next step of an
+        optimizer. A step is saved once: asked again, the first save's handle comes back.
 
         Args:
             step: Optimizer steps done.
@@ -143,96 +219,105 @@ class Checkpointer:
             pinned: Steps that retention must keep.
 
         Returns:
-            The handle; a save that failed for reasons of the disk says so in ``result()``.
+            The handle; a save that failed for reasons of the disk, or was skipped, says so in ``result()``.
 
         Raises:
             InvalidInputError: The step is before that of the newest checkpoint.
             UnsupportedError, IncompatibleError: The state cannot be saved at all; at the first save, before training
                 went far.
-            WriteError: This save failed, and so did the one before.
+            WriteError: Two saves in a row failed. Unless this one was the second, it was begun all the same.
         """
+        called = time.perf_counter()
+        self.collect()
         if self._newest is not None and self._newest.step == step and self._newest.error is None:
             return self._newest
-        if self._parent is not None and step < self._parent.manifest.step:
+        self._check_step(step)
+        if not self._make_room(step):
+            return SaveHandle(step, is_skipped=True)
+        handle = SaveHandle(step, durable=self._options.get("durable", "local"))
+        self._is_prepared = True
+        try:
+            self._attempt(handle, module, optimizers, write_small_files, contents, pinned, called)
+        except _SOFT as err:
+            handle.fail(err)
+        except BaseException as err:
+            handle.fail(err)
+            raise
+        self._newest = handle
+        self._uncollected = [*self._uncollected, handle]
+        if self._is_blocking:
+            handle.wait_until_captured()
+        self._engine.note_return(handle)
+        self.collect()
+        if len(self._failures) > 1:
+            raise self._failures[-1] from self._failures[-2]
+        return handle
+
+    def _check_step(self, step: int) -> None:
+        newest = self._lineage.newest_step
+        if newest is not None and step < newest:
             raise InvalidInputError(
                 "the step goes backwards",
                 kind="step-order",
-                expected=f"a step after {self._parent.manifest.step}, the newest checkpoint of this run",
+                expected=f"a step after {newest}, the newest checkpoint of this run",
                 found=step,
                 hint="resume from an older checkpoint to go back; the newer ones are then set aside",
             )
-        started = time.perf_counter()
-        try:
-            handle = self._attempt(step, module, optimizers, write_small_files, contents, started)
-        except (WriteError, FormatError, NotFoundError) as err:
-            handle = SaveHandle(step, error=err)
-        self._newest = handle
-        self._note_outcome(handle)
-        if handle.error is None:
-            self._apply_retention(pinned)
-        return handle
 
-    def _note_outcome(self, handle: SaveHandle) -> None:
-        before, self._failure = self._failure, handle.error
-        if handle.error is None:
-            return
-        logger.error("checkpoint-%d was not saved: %s", handle.step, handle.error)
-        warnings.warn(
-            f"checkpoint-{handle.step} was not saved; training goes on and older checkpoints are intact\n"
-            f"{handle.error}",
-            SaveFailedWarning,
-            stacklevel=3,
-        )
-        if before is not None:
-            raise handle.error from before
+    def _make_room(self, step: int) -> bool:
+        """Wait for a save in flight to end, if need be; False if this save is to be skipped instead."""
+        limit = self._options.get("max_in_flight", 1)
+        when_busy = self._options.get("when_busy", "wait")
+        admission = admit(self._engine.num_in_flight, limit=limit, when_busy=when_busy)
+        if admission == "skip":
+            self.num_skipped += 1
+            logger.info("checkpoint-%d was skipped: %d saves are in flight", step, limit)
+            return False
+        if admission == "wait":
+            self._engine.wait_for_room(limit)
+            self.collect()
+        return True
 
     def _attempt(
         self,
-        step: int,
+        handle: SaveHandle,
         module: torch.nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         write_small_files: Callable[[Path], None],
         contents: Contents,
-        started: float,
-    ) -> SaveHandle:
-        parent = self._parent
+        pinned: Collection[int],
+        called: float,
+    ) -> None:
         plan = plan_save(
-            self.read_model(module),
-            optimizers,
-            step=step,
+            self._reader.read(module, optimizers if contents == "full" else ()),
+            step=handle.step,
             contents=contents,
             strategy=self._strategy_for(module),
-            parent=None if parent is None else parent.manifest,
-            is_linkable=self._is_linkable,
+            parent=self._lineage.parent_to_plan_with(),
+            is_linkable=self._lineage.is_linkable,
         )
-
-        def write_all_small_files(directory: Path) -> None:
-            with _translate_small_file_errors(directory):
-                write_small_files(directory)
+        staged = self._stage(plan)
+        try:
+            with _translate_small_file_errors(staged.path):
+                write_small_files(staged.path)
                 # An adapter has names that only PEFT understands; it brings files of its own for stock tools.
                 if not is_adapted(module):
-                    (directory / INDEX_NAME).write_text(encode_index(plan), encoding="utf-8")
+                    (staged.path / INDEX_NAME).write_text(encode_index(plan), encoding="utf-8")
+        except BaseException:
+            self._tiers.run.abandon(staged)
+            raise
+        job = self._lineage.make_job(plan, staged, handle, pinned)
+        self._engine.submit(job, handle, called=called)
 
-        job = SaveJob(
-            step=step,
-            is_first=not self._follows_own(),
-            images=plan.images,
-            links=[LinkedFile(record=file, source=self._source(file)) for file in plan.links],
-            write_small_files=write_all_small_files,
-            build_manifest=lambda written, small: self._build_manifest(plan, written, small),
-        )
-        path, manifest, digest = write_checkpoint(self._run, job)
-        self._parent = Checkpoint(path=path, manifest=manifest, digest=digest)
-        total_secs = time.perf_counter() - started
-        stats = SaveStats(
-            written_nbytes=manifest.written_nbytes,
-            linked_nbytes=manifest.nbytes - manifest.written_nbytes,
-            num_layers_written=len(plan.images),
-            num_layers=len(plan.layers),
-            stall_secs=total_secs,
-            total_secs=total_secs,
-        )
-        return SaveHandle(step, path=path, manifest=manifest, stats=stats)
+    def _stage(self, plan: SavePlan) -> StagedCheckpoint:
+        try:
+            return self._tiers.run.stage(plan.step, plan.nbytes, plan.num_files)
+        except WriteError as err:
+            if err.kind != "no-space":
+                raise
+        # An old checkpoint may be on its way out.
+        self._engine.drain()
+        return self._tiers.run.stage(plan.step, plan.nbytes, plan.num_files)
 
     def _strategy_for(self, module: torch.nn.Module) -> Strategy:
         if not is_adapted(module) or isinstance(self._strategy, Full):
@@ -245,76 +330,140 @@ class Checkpointer:
         )
         return Full()
 
-    def _build_manifest(
-        self, plan: SavePlan, written: Mapping[str, WrittenLayer], small: Sequence[FileRecord]
-    ) -> Manifest:
-        parent = self._parent
-        with _translate_schema_errors(self._directory):
-            return Manifest(
-                run_id=self._run_id,
-                step=plan.step,
-                save_index=plan.save_index,
-                created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                parent=None if parent is None else Parent(step=parent.manifest.step, digest=parent.digest),
-                contents=plan.contents,
-                strategy=plan.strategy,
-                world=World(size=1, sharding="none"),
-                writer=Writer(
-                    llmtailor=__version__,
-                    torch=torch.__version__,
-                    python=platform.python_version(),
-                    host=socket.gethostname(),
-                    pid=os.getpid(),
-                ),
-                tensors=plan.tensors,
-                optimizers=plan.optimizers,
-                layers=plan.record_layers(written),
-                files=tuple(small),
-            )
+    # ---- What became of the saves ----
 
-    def _source(self, file: FileRecord) -> Path:
-        assert self._parent is not None
-        return self._parent.path / file.path
+    def collect(self) -> None:
+        """Take note of saves that ended meanwhile, and warn of those that failed; waits for nothing.
 
-    def _is_linkable(self, file: FileRecord) -> bool:
-        try:
-            return os.stat(self._source(file), follow_symlinks=False).st_size == file.bytes
-        except OSError:
-            return False
+        Raises:
+            TailorError: A save could not be made for reasons that no later one will be without.
+        """
+        while self._tiers.notices:
+            warnings.warn(self._tiers.notices.popleft(), stacklevel=3)
+        ended = [handle for handle in self._uncollected if handle.has_ended]
+        self._uncollected = [handle for handle in self._uncollected if handle not in ended]
+        for handle in ended:
+            self._note_outcome(handle)
 
-    def _apply_retention(self, pinned: Collection[int]) -> None:
-        """Remove what may go; a failure here costs disk, never a checkpoint, so it only warns."""
-        if self._keep is None or self._keep <= 0:
+    def _note_outcome(self, handle: SaveHandle) -> None:
+        error = handle.failure
+        if error is None:
+            self._failures.clear()
             return
-        try:
-            entries = [entry for entry in list_checkpoints(self._directory) if entry.has_manifest]
-            if len(entries) <= self._keep:
-                return
-            kept = [Kept(step=entry.step, is_consistent=_is_consistent(entry.path)) for entry in entries]
-            doomed = choose_removals(kept, limit=self._keep, pinned=pinned, keep_consistent=self._keep_consistent)
-            for entry in entries:
-                if entry.step in doomed:
-                    self._run.remove(entry.path)
-        except (TailorError, OSError) as err:
-            warnings.warn(f"an old checkpoint could not be removed: {err}", SaveFailedWarning, stacklevel=3)
+        if not isinstance(error, _SOFT):
+            raise error
+        self._failures.append(error)
+        logger.error("checkpoint-%d was not saved: %s", handle.step, error)
+        if error.kind == "changed-during-capture":
+            self._is_blocking = True
+        warnings.warn(
+            f"checkpoint-{handle.step} was not saved; training goes on and older checkpoints are intact\n{error}",
+            SaveFailedWarning,
+            stacklevel=4,
+        )
+
+    def wait_until_captured(self) -> None:
+        """Wait until no save refers to the live state any more. ``optimizer.step()`` of torch optimizers does this by
+        itself; call it before anything else that changes parameters in place."""
+        self._engine.wait_until_captured()
+
+    def drain(self, timeout_secs: float | None = None) -> bool:
+        """Wait until no save is in flight, nor on its way to the mirror.
+
+        Returns:
+            False if some still are after the timeout.
+        """
+        started = time.monotonic()
+        if not self._engine.drain(timeout_secs):
+            return False
+        rest = None if timeout_secs is None else max(0.0, timeout_secs - (time.monotonic() - started))
+        return self._tiers.drain_mirror(rest)
+
+    def unfinished(self) -> list[SaveHandle]:
+        """Saves whose ``result`` would wait; any thread."""
+        return [handle for handle in self._uncollected if not handle.has_ended]
 
     def close(self) -> None:
-        """Let go of the run.
+        """Finish the saves in flight and let go of the run.
 
         Raises:
             WriteError: The last save failed, and nothing was saved since.
         """
-        self._run.close()
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        self._finalizer()
+        try:
+            self.collect()
+        finally:
+            failures, self._failures = self._failures, []
+        if failures:
+            raise failures[-1]
 
 
-def _is_consistent(path: Path) -> bool:
+def engine_options(options: Mapping[str, Any]) -> EngineOptions:
+    """Those of an integration's options that are the engine's."""
+    return cast(EngineOptions, {key: options[key] for key in EngineOptions.__annotations__ if key in options})
+
+
+def check_options(options: EngineOptions) -> None:
+    """Refuse options that make no sense, before anything is opened.
+
+    Raises:
+        InvalidInputError: Says which.
+    """
+    choices = {"capture": ("lazy", "blocking"), "when_busy": ("wait", "skip"), "durable": ("local", "mirror")}
+    given: Mapping[str, object] = {**options}
+    for name, values in choices.items():
+        if given.get(name, values[0]) not in values:
+            raise _refuse(name, " or ".join(map(repr, values)), given[name])
+    in_flight = given.get("max_in_flight", 1)
+    if not isinstance(in_flight, int) or in_flight < 1:
+        raise _refuse("max_in_flight", "a number >= 1", in_flight)
+    if given.get("mirror") is None and (given.get("durable") == "mirror" or given.get("mirror_keep") is not None):
+        raise _refuse("mirror", "a directory, for durable='mirror' and mirror_keep are about it", None)
+
+
+def _refuse(name: str, expected: str, found: object) -> InvalidInputError:
+    return InvalidInputError(f"{name} makes no sense", kind="option", expected=expected, found=repr(found))
+
+
+def _hold_back(engine: weakref.ref[Engine]) -> Callable[..., None]:
+    """What an optimizer does before each step: wait until the state it is about to change is captured.
+
+    For all optimizers of the process: one that the run was not told of may change its model, too. Source: torch 2.13,
+    optim/optimizer.py (register_optimizer_step_pre_hook, profile_hook_step): called by every subclass's ``step``.
+    """
+
+    def wait(*_: object) -> None:
+        live = engine()
+        if live is not None:
+            live.wait_until_captured()
+
+    return wait
+
+
+def _end(hook: RemovableHandle, engine: Engine, tiers: Tiers) -> None:
+    hook.remove()
     try:
-        return open_checkpoint(path).manifest.is_consistent
-    except FormatError:
-        return False
+        engine.close()
+    finally:
+        tiers.close()
+
+
+@atexit.register
+def _close_open_runs() -> None:
+    """Finish what nobody closed; a failed save that nobody was told of becomes the exit status."""
+    status = 0
+    for checkpointer in list(_OPEN):
+        try:
+            checkpointer.close()
+        except TailorError as err:
+            sys.stderr.write(f"llmtailor: the last save of {checkpointer.directory} failed: {err}\n")
+            status = err.exit_code
+    if status:
+        # An exception would be printed here, and the exit status stay 0.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 @contextlib.contextmanager
@@ -332,18 +481,4 @@ def _translate_small_file_errors(directory: Path) -> Iterator[None]:
             kind="no-space" if is_full else "io",
             path=directory,
             hint="free space; older checkpoints were not touched" if is_full else "see the error this came from",
-        ) from err
-
-
-@contextlib.contextmanager
-def _translate_schema_errors(directory: Path) -> Iterator[None]:
-    """A checkpoint that the format cannot describe, such as two small files whose names differ in case alone."""
-    try:
-        yield
-    except ValidationError as err:
-        raise UnsupportedError(
-            f"this checkpoint cannot be described: {err.errors(include_url=False)[0]['msg']}",
-            kind="manifest-schema",
-            path=directory,
-            hint="see docs/spec/checkpoint-v1.md, section 4; older checkpoints were not touched",
         ) from err

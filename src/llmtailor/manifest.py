@@ -30,6 +30,7 @@ __all__ = [
     "Manifest",
     "OptimizerRecord",
     "Parent",
+    "SaveRecord",
     "TensorRecord",
     "World",
     "Writer",
@@ -70,6 +71,7 @@ def _check_dtype(value: str) -> str:
 
 
 Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=rf"^{_DIGEST}$")]
 RelativePath = Annotated[str, Field(max_length=1024), AfterValidator(_check_path)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -172,6 +174,19 @@ class Writer(_Record):
     pid: int
 
 
+class SaveRecord(_Record):
+    """What the save cost until its layers were written."""
+
+    stall_secs: Seconds
+    """Time the training loop was held up."""
+    capture_secs: Seconds
+    """Until all was in host memory."""
+    write_secs: Seconds
+    """From then until all was handed to the disk."""
+    pool_bytes: Count
+    """The most host memory that was in use at a time."""
+
+
 class Manifest(_Record):
     """A whole checkpoint, described."""
 
@@ -190,6 +205,8 @@ class Manifest(_Record):
     optimizers: tuple[OptimizerRecord, ...]
     layers: tuple[LayerRecord, ...]
     files: tuple[FileRecord, ...]
+    save: SaveRecord | None = None
+    """None in checkpoints of 0.1, and in those that no training saved."""
 
     @model_validator(mode="after")
     def _check_whole(self) -> Self:

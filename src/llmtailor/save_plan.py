@@ -8,27 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
+from .errors import WriteError
 from .layers import Layer, file_stem
-from .manifest import FileRecord, GroupRecord, LayerRecord, Manifest, OptimizerRecord, TensorRecord
-from .model_state import ModelState
-from .optimizer_state import (
-    ParameterNames,
-    ParameterState,
-    layer_update_count,
-    optimizer_class,
-    parameter_names,
-    read_groups,
-    read_state,
-    unwrap_optimizer,
-)
-from .state_keys import state_key
+from .live_state import LiveLayers
+from .manifest import FileRecord, LayerRecord, Manifest, OptimizerRecord, TensorRecord
 from .strategies import Choice, LayerStatus, SaveContext, Strategy, choose_layers
-from .writer import LayerImage, WrittenLayer, optimizer_image, weights_image
+from .writer import LayerImage, WrittenLayer
 
 __all__ = ["Contents", "SavePlan", "encode_index", "plan_save"]
 
@@ -51,9 +39,41 @@ class SavePlan:
     choices: tuple[Choice, ...]
     """One per layer, in the same order."""
     images: tuple[LayerImage, ...]
-    """Of the layers that are written."""
+    """Of the layers that are written; held, see ``LayerImage.hold``."""
     previous: Mapping[str, LayerRecord]
     """Layer -> its record in the checkpoint before, where its files can be linked."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that are written."""
+        return sum(image.nbytes for image in self.images)
+
+    @property
+    def num_files(self) -> int:
+        """Files that are made, links included."""
+        return sum(len(image.files) for image in self.images) + len(self.links)
+
+    def rebase(self, parent: Manifest | None) -> SavePlan:
+        """The same plan after the checkpoint that is its parent in the end.
+
+        A save may be planned while the one before is in flight. When its turn to be committed comes, that one is
+        published, or it failed: then layers which were to be linked from it are linked from the one before.
+
+        Raises:
+            WriteError: A layer that is not written is in no checkpoint.
+        """
+        records = {} if parent is None else {layer.name: layer for layer in parent.layers}
+        kept = [choice.layer for choice in self.choices if not choice.is_saved]
+        if missing := [layer for layer in kept if layer not in records]:
+            raise WriteError(
+                "layers of this save were to come from a save that failed",
+                kind="parent-failed",
+                layer=missing[0],
+                expected="a checkpoint that holds it",
+                found=f"none, for {len(missing)} layers",
+                hint="the next save writes all layers",
+            )
+        return replace(self, previous={layer: records[layer] for layer in kept})
 
     @property
     def links(self) -> tuple[FileRecord, ...]:
@@ -91,8 +111,7 @@ class SavePlan:
 
 
 def plan_save(
-    state: ModelState,
-    optimizers: Sequence[torch.optim.Optimizer],
+    live: LiveLayers,
     *,
     step: int,
     contents: Contents,
@@ -103,8 +122,7 @@ def plan_save(
     """Decide one save.
 
     Args:
-        state: The live model.
-        optimizers: The live optimizers; left out with contents "weights".
+        live: The live state.
         step: Optimizer steps done.
         contents: Whether optimizer state is saved.
         strategy: Chooses among the layers; those without earlier files are written anyhow.
@@ -112,15 +130,9 @@ def plan_save(
         is_linkable: Whether a file of the parent is still there, unharmed as far as can be seen at once.
 
     Raises:
-        UnsupportedError: Some state cannot be saved.
         InvalidInputError: The strategy names no layer.
     """
-    names = parameter_names(state.parameters())
-    live = [unwrap_optimizer(optimizer) for optimizer in optimizers] if contents == "full" else []
-    records = tuple(_record_optimizer(optimizer, names) for optimizer in live)
-    layers = tuple(layer for layer in state.layers if any(fqn in state.tensors for fqn in layer.fqns))
-    images = _plan_images(layers, state, {fqn: each for one in live for fqn, each in read_state(one, names).items()})
-    previous = {} if parent is None else _find_linkable(parent, state.records, records, contents, is_linkable)
+    previous = {} if parent is None else _find_linkable(parent, live, contents, is_linkable)
     save_index = 0 if parent is None else parent.save_index + 1
     statuses = tuple(
         LayerStatus(
@@ -128,10 +140,10 @@ def plan_save(
             kind=layer.kind,
             stack=layer.stack,
             index=layer.index,
-            nbytes=images[layer.name].nbytes,
+            nbytes=live.images[layer.name].nbytes,
             saved_step=previous[layer.name].step if layer.name in previous else None,
         )
-        for layer in layers
+        for layer in live.layers
     )
     choices = choose_layers(strategy, SaveContext(step=step, save_index=save_index, layers=statuses))
     return SavePlan(
@@ -139,54 +151,24 @@ def plan_save(
         save_index=save_index,
         contents=contents,
         strategy=strategy.text,
-        tensors=state.records,
-        optimizers=records,
-        layers=layers,
+        tensors=live.tensors,
+        optimizers=live.optimizers,
+        layers=live.layers,
         choices=choices,
-        images=tuple(images[choice.layer] for choice in choices if choice.is_saved),
+        images=tuple(live.images[choice.layer].hold() for choice in choices if choice.is_saved),
         previous=previous,
     )
 
 
-def _record_optimizer(optimizer: torch.optim.Optimizer, names: ParameterNames) -> OptimizerRecord:
-    groups = tuple(
-        GroupRecord(parameters=group.parameters, options=dict(group.options)) for group in read_groups(optimizer, names)
-    )
-    return OptimizerRecord.model_validate({"class": optimizer_class(optimizer), "groups": groups})
-
-
-def _plan_images(
-    layers: Sequence[Layer], state: ModelState, states: Mapping[str, ParameterState]
-) -> dict[str, LayerImage]:
-    images = {}
-    for layer in layers:
-        fqns = [fqn for fqn in layer.fqns if fqn in state.tensors]
-        of_layer = {fqn: states[fqn] for fqn in fqns if fqn in states}
-        tensors = {
-            state_key(fqn, leaf): value for fqn, each in of_layer.items() for leaf, value in each.tensors.items()
-        }
-        notes = {state_key(fqn, leaf): note for fqn, each in of_layer.items() for leaf, note in each.notes.items()}
-        stem = file_stem(layer)
-        images[layer.name] = LayerImage(
-            layer=layer.name,
-            weights=weights_image(stem, {fqn: state.tensors[fqn] for fqn in fqns}),
-            optimizer=optimizer_image(stem, tensors, notes),
-            update_count=layer_update_count(of_layer.values()),
-        )
-    return images
-
-
 def _find_linkable(
-    parent: Manifest,
-    tensors: Sequence[TensorRecord],
-    optimizers: Sequence[OptimizerRecord],
-    contents: Contents,
-    is_linkable: Callable[[FileRecord], bool],
+    parent: Manifest, live: LiveLayers, contents: Contents, is_linkable: Callable[[FileRecord], bool]
 ) -> dict[str, LayerRecord]:
     """Layers of the parent whose files still stand for the same tensors and the same optimizers."""
-    if parent.contents != contents or [each.name for each in parent.optimizers] != [each.name for each in optimizers]:
+    if parent.contents != contents or [each.name for each in parent.optimizers] != [
+        each.name for each in live.optimizers
+    ]:
         return {}
-    now, then = _schema_by_layer(tensors), _schema_by_layer(parent.tensors)
+    now, then = _schema_by_layer(live.tensors), _schema_by_layer(parent.tensors)
     return {
         layer.name: layer
         for layer in parent.layers

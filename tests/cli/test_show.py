@@ -23,6 +23,7 @@ def test_show_tells_all_about_a_checkpoint(run: Path, llmtailor: Command) -> Non
         r"^  contents    weights and optimizer$",
         r"^  parameters  1,392, 1,392 of them trainable$",
         r"^  tied        lm_head.weight is embed_tokens.weight$",
+        r"^  cost        training held up \d+ ms, captured in [\d.]+ s, written in [\d.]+ s more, .* of host memory$",
         r"^  writer      llmtailor \S+, torch \S+, Python \S+$",
         r"^6 layers$",
         r"^  embed_tokens  embedding     4      0        4 +[\d.]+ kB +[\d.]+ kB  strategy$",

@@ -25,11 +25,20 @@ from faults import (
     save_fake,
 )
 from llmtailor.checkpoint import open_checkpoint
-from llmtailor.errors import TailorWarning
+from llmtailor.errors import IntegrityError, TailorWarning
 from llmtailor.manifest import MANIFEST_NAME
 from llmtailor.resume import find_resumable
-from llmtailor.storage import RunDirectory, StagedCheckpoint, list_checkpoints, run_directory, staging
+from llmtailor.storage import (
+    RunDirectory,
+    StagedCheckpoint,
+    StagedFile,
+    direct_file,
+    list_checkpoints,
+    run_directory,
+    staging,
+)
 from llmtailor.verify import verify_checkpoint
+from llmtailor.writer import engine
 
 RUN = Path("runs") / "a"
 
@@ -43,7 +52,17 @@ def fast_directory() -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _quiet_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     warnings.simplefilter("ignore", TailorWarning)
-    monkeypatch.setattr(staging, "_FSYNC_THREADS", 1)  # the same journal every time
+    # The same journal every time.
+    monkeypatch.setattr(staging, "_FSYNC_THREADS", 1)
+    monkeypatch.setattr(engine, "_NUM_WRITERS", 1)
+
+
+@pytest.fixture(params=["page cache", "direct"])
+def path_of_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Layer files are written through the page cache, or around it."""
+    if request.param == "direct":
+        monkeypatch.setattr(direct_file, "_MIN_DIRECT_NBYTES", 1)
+    return request.param
 
 
 def record(root: Path, play: Callable[..., None] = play_life_of_a_run, **how: Any) -> RecordingFileSystem:
@@ -56,7 +75,7 @@ def record(root: Path, play: Callable[..., None] = play_life_of_a_run, **how: An
 
     try:
         play(root / "live" / RUN, filesystem, log, mark)
-    except OSError:
+    except (OSError, IntegrityError):
         assert filesystem.journal
     finally:
         filesystem.bury()
@@ -156,14 +175,38 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("scenario", "least"), [("life", 30_000), ("no hard links", 40_000), ("killed removal", 10_000)]
+    ("path_of_bytes", "scenario", "least"),
+    [
+        ("page cache", "life", 30_000),
+        ("page cache", "no hard links", 40_000),
+        ("page cache", "killed removal", 10_000),
+        ("direct", "life", 30_000),
+        pytest.param("direct", "no hard links", 40_000, marks=pytest.mark.slow),
+        ("direct", "killed removal", 10_000),
+    ],
+    indirect=["path_of_bytes"],
 )
-def test_nothing_acknowledged_is_lost(fast_directory: Path, scenario: str, least: int) -> None:
+def test_nothing_acknowledged_is_lost(fast_directory: Path, path_of_bytes: str, scenario: str, least: int) -> None:
     filesystem = record(fast_directory, **SCENARIOS[scenario])
+    assert bool(filesystem.direct) == (path_of_bytes == "direct")
     counts: Counter[str] = Counter()
     assert list(violations(filesystem, fast_directory, counts)) == []
     assert counts["states"] > least
     assert counts["distinct"] > 10
+
+
+@pytest.mark.parametrize("path_of_bytes", [pytest.param("page cache", marks=pytest.mark.slow), "direct"], indirect=True)
+def test_nothing_acknowledged_is_lost_in_whatever_order_threads_write(
+    fast_directory: Path, path_of_bytes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two writers and eight that fsync, as in life; every time in another order."""
+    monkeypatch.undo()
+    if path_of_bytes == "direct":
+        monkeypatch.setattr(direct_file, "_MIN_DIRECT_NBYTES", 1)
+    filesystem = record(fast_directory)
+    counts: Counter[str] = Counter()
+    assert list(violations(filesystem, fast_directory, counts)) == []
+    assert counts["states"] > 30_000
 
 
 def lie_about(name: str, is_meant: Callable[[Path, Path], bool]) -> dict[str, Any]:
@@ -201,8 +244,15 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("dropped", DROPPED)
-def test_every_fsync_is_needed(fast_directory: Path, dropped: str) -> None:
+def test_every_fsync_is_needed(fast_directory: Path, path_of_bytes: str, dropped: str) -> None:
     filesystem = record(fast_directory, **DROPPED[dropped])
+    assert next(violations(filesystem, fast_directory), None) is not None
+
+
+@pytest.mark.parametrize("path_of_bytes", ["direct"], indirect=True)
+def test_bytes_that_went_around_the_page_cache_are_not_durable(fast_directory: Path, path_of_bytes: str) -> None:
+    filesystem = record(fast_directory, trusts_direct=True)
+    assert filesystem.direct
     assert next(violations(filesystem, fast_directory), None) is not None
 
 
@@ -254,8 +304,9 @@ def write_manifest_last_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def publish_and_write(self: StagedCheckpoint) -> Path:
         self.path = publish(self)
-        chunk = memoryview(manifests.pop())
-        self._write(MANIFEST_NAME, [chunk], chunk.nbytes)
+        descriptor = self._filesystem.create(self.path / MANIFEST_NAME)
+        self._open_files.append(descriptor)
+        self._filesystem.write(descriptor, memoryview(manifests.pop()))
         self._fsync_files()
         self._filesystem.fsync_directory(self.path)
         return self.path
@@ -268,10 +319,10 @@ def remove_before_publish(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make room first: retention before the new checkpoint is there."""
     publish = RunDirectory.publish
 
-    def remove_and_publish(self: RunDirectory, staged: Any, manifest: bytes, step: int, *, is_first: bool) -> Path:
+    def remove_and_publish(self: RunDirectory, staged: StagedCheckpoint, step: int, *, is_first: bool) -> Path:
         for entry in list_checkpoints(self.path):
             self.remove(entry.path)
-        return publish(self, staged, manifest, step, is_first=is_first)
+        return publish(self, staged, step, is_first=is_first)
 
     monkeypatch.setattr(RunDirectory, "publish", remove_and_publish)
 
@@ -303,8 +354,8 @@ def write_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write straight into the run, under the final name."""
     init = StagedCheckpoint.__init__
 
-    def init_in_place(self: StagedCheckpoint, filesystem: Any, attempt: Path, target: Path) -> None:
-        init(self, filesystem, attempt, target)
+    def init_in_place(self: StagedCheckpoint, filesystem: Any, attempt: Path, target: Path, *rest: Any) -> None:
+        init(self, filesystem, attempt, target, *rest)
         filesystem.remove_tree(attempt)
         filesystem.make_directory(target)
         self.path = target
@@ -312,6 +363,27 @@ def write_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StagedCheckpoint, "__init__", init_in_place)
     monkeypatch.setattr(StagedCheckpoint, "publish", lambda self: self.path)
     monkeypatch.setattr(RunDirectory, "_choose_superseded", lambda self, step, *, is_first: {})
+
+
+def leave_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written around the page cache ends at a page."""
+    monkeypatch.setattr(direct_file.DirectFile, "finish", lambda self: None)
+
+
+def fsync_before_cutting_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are durable, the file's length is not."""
+    finish = direct_file.DirectFile.finish
+    files: dict[int, direct_file.DirectFile] = {}
+    monkeypatch.setattr(direct_file.DirectFile, "finish", lambda self: files.update({self.descriptor: self}))
+
+    def fsync_and_cut_off(self: StagedCheckpoint, descriptor: int) -> None:
+        self._filesystem.fsync(descriptor)
+        self._open_files.remove(descriptor)
+        if descriptor in files:
+            finish(files.pop(descriptor))
+        self._filesystem.close(descriptor)
+
+    monkeypatch.setattr(StagedCheckpoint, "_fsync_and_close", fsync_and_cut_off)
 
 
 MUTANTS = [
@@ -336,6 +408,20 @@ def test_every_order_is_needed(
     assert next(violations(filesystem, fast_directory), None) is not None
 
 
+@pytest.mark.parametrize("path_of_bytes", ["direct"], indirect=True)
+@pytest.mark.parametrize("mutate", [leave_the_padding, fsync_before_cutting_off])
+def test_every_order_is_needed_around_the_page_cache(
+    fast_directory: Path,
+    path_of_bytes: str,
+    monkeypatch: pytest.MonkeyPatch,
+    mutate: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    mutate(monkeypatch)
+    filesystem = record(fast_directory)
+    monkeypatch.undo()
+    assert next(violations(filesystem, fast_directory), None) is not None
+
+
 def test_links_may_not_be_moves(fast_directory: Path) -> None:
     filesystem = record(fast_directory, is_thief=True)
     assert next(violations(filesystem, fast_directory), None) is not None
@@ -345,4 +431,6 @@ def test_model_knows_its_own_limits() -> None:
     """If these go, the mutants above test something else than they say."""
     assert run_directory.StagedCheckpoint is StagedCheckpoint
     assert {"_move", "_choose_superseded", "remove", "publish"} <= set(vars(RunDirectory))
-    assert {"seal", "publish", "_fsync_files", "_write"} <= set(vars(StagedCheckpoint))
+    assert {"seal", "publish", "_fsync_files", "_fsync_and_close"} <= set(vars(StagedCheckpoint))
+    assert {"write", "finish"} <= set(vars(StagedFile)) & set(vars(direct_file.DirectFile))
+    assert engine._NUM_WRITERS == 1

@@ -31,8 +31,9 @@ from faults import (
 from llmtailor.checkpoint import Checkpoint, open_checkpoint
 from llmtailor.errors import TailorWarning, WriteError
 from llmtailor.resume import find_resumable
-from llmtailor.storage import RunDirectory, list_checkpoints
+from llmtailor.storage import RunDirectory, direct_file, list_checkpoints
 from llmtailor.verify import verify_checkpoint
+from llmtailor.writer import engine
 
 KINDS = {errno.EIO: "io", errno.ENOSPC: "no-space", errno.EDQUOT: "no-space", errno.EACCES: "read-only"}
 # Of these two, as of a removal that stopped half way, nothing is lost but space, until the next save.
@@ -48,6 +49,23 @@ def fast_directory() -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _no_warnings() -> None:
     warnings.simplefilter("ignore", TailorWarning)
+
+
+@pytest.fixture(params=["page cache", "direct"])
+def path_of_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Layer files are written through the page cache, or around it."""
+    if request.param == "direct":
+        monkeypatch.setattr(direct_file, "_MIN_DIRECT_NBYTES", 1)
+    return request.param
+
+
+@pytest.fixture(params=["one writer", "two writers"])
+def writers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One thread writes layer files: operations come in the same order every time, so none is missed. Or two, as in
+    life: the fault hits one while the other is at work."""
+    if request.param == "one writer":
+        monkeypatch.setattr(engine, "_NUM_WRITERS", 1)
+    return request.param
 
 
 def find_set_aside(run: Path, step: int, digest: str) -> Path | None:
@@ -163,39 +181,65 @@ def run_at_every_operation(
 
 
 EVERY_OPERATION = {
-    "make_directory", "create", "open_for_reading", "allocate", "write", "read", "fsync", "close", "make_read_only",
-    "link", "rename", "fsync_directory", "remove_tree", "remove_empty_directory", "free_space",
+    "make_directory", "create", "open_for_reading", "allocate", "write", "write_at", "read", "fsync", "close",
+    "make_read_only", "link", "rename", "fsync_directory", "remove_tree", "remove_empty_directory", "free_space",
 }  # fmt: skip
+OPERATIONS_ON_THE_PATH = {"page cache": {"start_writeback"}, "direct": {"set_direct", "truncate"}}
+
+
+# Everything with everything would take a quarter of an hour.
+ONE, TWO = ("direct", "one writer"), ("page cache", "two writers")
+on_both = pytest.mark.parametrize(("path_of_bytes", "writers"), [ONE, TWO], indirect=True, ids=["one", "two"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_persistent", [False, True], ids=["once", "persistently"])
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EACCES], ids=errno.errorcode.get)
-def test_error_at_every_operation(fast_directory: Path, number: int, is_persistent: bool) -> None:
+@pytest.mark.parametrize(
+    ("path_of_bytes", "writers", "number"),
+    [
+        (*how, number)
+        for number, hows in {
+            errno.EIO: [ONE, TWO],
+            errno.ENOSPC: [ONE, TWO],
+            errno.EDQUOT: [ONE],
+            errno.EACCES: [TWO],
+        }.items()
+        for how in hows
+    ],
+    indirect=["path_of_bytes", "writers"],
+    ids=lambda value: errno.errorcode[value] if isinstance(value, int) else value,
+)
+def test_error_at_every_operation(
+    fast_directory: Path, path_of_bytes: str, writers: str, number: int, is_persistent: bool
+) -> None:
     num_faults, hit = run_at_every_operation(fast_directory, errno=number, is_persistent=is_persistent)
-    assert num_faults > 150
-    assert set(hit) == EVERY_OPERATION
+    assert num_faults > 300
+    assert set(hit) == EVERY_OPERATION | OPERATIONS_ON_THE_PATH[path_of_bytes]
 
 
 @pytest.mark.slow
+@on_both
 @pytest.mark.parametrize("moment", ["after", "half"])
-def test_error_after_the_deed_at_every_operation(fast_directory: Path, moment: str) -> None:
+def test_error_after_the_deed_at_every_operation(
+    fast_directory: Path, path_of_bytes: str, writers: str, moment: str
+) -> None:
     """As a network file system does: the server did it, and the answer was lost."""
     num_faults, _ = run_at_every_operation(fast_directory, errno=errno.EIO, moment=moment)
-    assert num_faults > 150
+    assert num_faults > 300
 
 
-def test_crash_at_every_operation(fast_directory: Path) -> None:
+@on_both
+def test_crash_at_every_operation(fast_directory: Path, path_of_bytes: str, writers: str) -> None:
     num_faults, hit = run_at_every_operation(fast_directory, errno=None)
-    assert num_faults > 150
-    assert set(hit) == EVERY_OPERATION
+    assert num_faults > 300
+    assert set(hit) == EVERY_OPERATION | OPERATIONS_ON_THE_PATH[path_of_bytes]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.EIO, None], ids=["error", "crash"])
-def test_fault_at_every_operation_without_hard_links(fast_directory: Path, number: int | None) -> None:
+def test_fault_at_every_operation_without_hard_links(fast_directory: Path, writers: str, number: int | None) -> None:
     num_faults, hit = run_at_every_operation(fast_directory, errno=number, refused={"link": errno.EPERM})
-    assert num_faults > 200
+    assert num_faults > 400
     assert hit["create"] > 50  # the copies'
 
 

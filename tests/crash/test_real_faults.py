@@ -173,7 +173,7 @@ def test_links_across_devices_become_copies(mounts: Mounts) -> None:
     first = save_fake(source, 10)
     source.close()
     run = RunDirectory(other / "b")
-    with pytest.warns(LinkFallbackWarning, match=r"a copy was made.*at every save"):
+    with pytest.warns(LinkFallbackWarning, match=r"a copy was made.*and their time"):
         second = save_fake(run, 20, parent=first, layers={"norm"})
     assert verify_checkpoint(second.path).is_good
     works(run, second)

@@ -36,11 +36,10 @@ class Disk:
         self.is_full = False
         self.fails_late = False
 
-    def write(self, filesystem: LocalFileSystem, descriptor: int, buffer: memoryview) -> None:
+    def write_at(self, filesystem: LocalFileSystem, descriptor: int, buffer: memoryview, offset: int) -> None:
         if self.is_full and not self.fails_late:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        while buffer.nbytes:
-            buffer = buffer[os.write(descriptor, buffer) :]
+        assert os.pwrite(descriptor, buffer, offset) == buffer.nbytes
 
     def rename(self, filesystem: LocalFileSystem, source: Path, target: Path) -> None:
         if self.is_full and self.fails_late:
@@ -51,19 +50,27 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
-    monkeypatch.setattr(LocalFileSystem, "write", lambda *args: disk.write(*args))
+    monkeypatch.setattr(LocalFileSystem, "write_at", lambda *args: disk.write_at(*args))
     monkeypatch.setattr(LocalFileSystem, "rename", lambda *args: disk.rename(*args))
     return disk
 
 
 class FullBetween(TrainerCallback):
-    """The disk is full after step ``first`` and has room again after step ``last``."""
+    """The disk is full after step ``first`` and has room again after step ``last``, for the saves of these steps."""
 
     def __init__(self, disk: Disk, first: int, last: int) -> None:
         self.disk, self.first, self.last = disk, first, last
+        self.trainer: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer._tailor_checkpointer.drain(60)
         self.disk.is_full = self.first <= state.global_step < self.last
+
+
+def tailor_with(callback: FullBetween, trainer: Any, **options: Any) -> Any:
+    callback.trainer = tailor(trainer, **options)
+    callback.trainer.add_callback(callback)
+    return callback.trainer
 
 
 class Loop:
@@ -86,21 +93,22 @@ class Loop:
         return snapshot_model(self.model) | snapshot_optimizer(self.model, self.optimizer) | rng
 
 
-def test_failed_save_warns_at_once_and_leaves_training_as_it_was(disk: Disk, tmp_path: Path) -> None:
+def test_failed_save_leaves_training_as_it_was(disk: Disk, tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     loop.train(2)
-    loop.run.save(2)
+    loop.run.save(2).result()
     loop.train(2)
     before = loop.state()
 
     disk.is_full = True
-    with pytest.warns(SaveFailedWarning, match="checkpoint-4 was not saved"):
-        handle = loop.run.save(4)
+    handle = loop.run.save(4)
 
     assert_same(loop.state(), before)
     with pytest.raises(WriteError) as caught:
         handle.result()
     assert caught.value.kind == "no-space"
+    with pytest.warns(SaveFailedWarning, match="checkpoint-4 was not saved"):
+        assert loop.run.step(5) is None
     assert verify_checkpoint(tmp_path / "checkpoint-2").is_good
     assert not (tmp_path / "checkpoint-4").exists()
     with pytest.raises(WriteError):
@@ -110,25 +118,29 @@ def test_failed_save_warns_at_once_and_leaves_training_as_it_was(disk: Disk, tmp
 def test_second_failure_in_a_row_raises_and_training_may_go_on(disk: Disk, tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     loop.train(1)
-    loop.run.save(1)
+    loop.run.save(1).result()
     disk.is_full = True
-    with pytest.warns(SaveFailedWarning):
-        loop.run.save(2)
-    with pytest.warns(SaveFailedWarning), pytest.raises(WriteError) as caught:
+    loop.run.save(2)
+    with pytest.warns(SaveFailedWarning, match="checkpoint-2"):
         loop.run.save(3)
+    with pytest.warns(SaveFailedWarning, match="checkpoint-3"), pytest.raises(WriteError) as caught:
+        loop.run.save(4)
     assert caught.value.kind == "no-space"
 
+    assert loop.run._checkpointer.drain(60)
     disk.is_full = False
     loop.train(3)
-    assert loop.run.save(4).result() == tmp_path / "checkpoint-4"
+    with pytest.warns(SaveFailedWarning, match="checkpoint-4"), pytest.raises(WriteError):
+        loop.run.save(5)
+    assert loop.run.save(6).result() == tmp_path / "checkpoint-6"
     loop.run.close()
     assert verify_checkpoint(tmp_path / "checkpoint-1").is_good
-    assert verify_checkpoint(tmp_path / "checkpoint-4").is_good
-    assert sorted(os.listdir(tmp_path)) == ["_staging", "checkpoint-1", "checkpoint-4"]
+    assert verify_checkpoint(tmp_path / "checkpoint-5").is_good
+    assert sorted(os.listdir(tmp_path)) == ["_staging", "checkpoint-1", "checkpoint-5", "checkpoint-6"]
     assert os.listdir(tmp_path / "_staging") == ["lock"]
 
     resumed = Loop(tmp_path)
-    assert resumed.run.resume() == 4
+    assert resumed.run.resume() == 6
     resumed.run.close()
     assert_same(snapshot_model(resumed.model), snapshot_model(loop.model))
 
@@ -136,10 +148,12 @@ def test_second_failure_in_a_row_raises_and_training_may_go_on(disk: Disk, tmp_p
 def test_close_is_silent_once_a_later_save_worked(disk: Disk, tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     disk.is_full = True
-    with pytest.warns(SaveFailedWarning):
-        loop.run.save(1)
+    handle = loop.run.save(1)
+    with pytest.raises(WriteError):
+        handle.result()
     disk.is_full = False
-    loop.run.save(2)
+    with pytest.warns(SaveFailedWarning):
+        loop.run.save(2)
     loop.run.close()
 
 
@@ -160,7 +174,7 @@ def test_trainer_reaches_its_last_step_and_raises_then(disk: Disk, tmp_path: Pat
     expected = tailor(build_trainer(tmp_path / "good"))
     expected.train()
 
-    trainer = tailor(build_trainer(tmp_path / "bad", callbacks=[FullBetween(disk, 12, 99)]))
+    trainer = tailor_with(FullBetween(disk, 12, 99), build_trainer(tmp_path / "bad"))
     with pytest.warns(SaveFailedWarning) as warned, pytest.raises(WriteError) as caught:
         trainer.train()
 
@@ -180,7 +194,7 @@ def test_trainer_reaches_its_last_step_and_raises_then(disk: Disk, tmp_path: Pat
 
 
 def test_trainer_saves_again_once_there_is_room(disk: Disk, tmp_path: Path) -> None:
-    trainer = tailor(build_trainer(tmp_path, callbacks=[FullBetween(disk, 8, 22)]), strategy="parity")
+    trainer = tailor_with(FullBetween(disk, 8, 22), build_trainer(tmp_path), strategy="parity")
     with pytest.warns(SaveFailedWarning):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
@@ -195,8 +209,8 @@ def test_trainer_saves_again_once_there_is_room(disk: Disk, tmp_path: Path) -> N
 @pytest.mark.parametrize("limit", [None, 1])
 def test_best_model_is_the_best_that_was_saved(limit: int | None, fails_late: bool, disk: Disk, tmp_path: Path) -> None:
     disk.fails_late = fails_late
-    trainer = tailor(scripted_trainer(tmp_path, [2.0, 1.0, 3.0, 4.0], save_total_limit=limit))
-    trainer.add_callback(FullBetween(disk, 8, 12))
+    trainer = scripted_trainer(tmp_path, [2.0, 1.0, 3.0, 4.0], save_total_limit=limit)
+    trainer = tailor_with(FullBetween(disk, 8, 12), trainer)
     with pytest.warns(SaveFailedWarning, match="checkpoint-10"):
         trainer.train()
     assert trainer.state.best_global_step == 10
@@ -229,3 +243,5 @@ def test_adapter_file_on_a_full_disk_is_a_failed_save(tmp_path: Path) -> None:
     run = Run(tmp_path, model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.warns(SaveFailedWarning):
         run.save(1)
+    with pytest.raises(WriteError):
+        run.close()

@@ -268,9 +268,13 @@ def test_training_evaluation_and_logs_are_those_of_the_stock_trainer(make: str, 
         return [
             {key: value for key, value in entry.items() if not key.endswith(timings)}
             for entry in trainer.state.log_history
+            if "checkpoint_step" not in entry
         ]
 
     assert logs(ours) == logs(stock)
+    costs = [entry for entry in ours.state.log_history if "checkpoint_step" in entry]
+    assert [entry["checkpoint_step"] for entry in costs] == [5, 10]
+    assert all(entry["checkpoint_stall_secs"] > 0 and entry["checkpoint_gb_per_sec"] > 0 for entry in costs)
     assert_same(snapshot_model(ours.model), snapshot_model(stock.model))
     names = {path.name for path in (tmp_path / "stock/checkpoint-10").iterdir()}
     names -= {"model.safetensors", "optimizer.pt"}

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import AlreadyExistsError, TailorError, UnsupportedError, WriteError
+from ..reports.units import format_bytes
 from ..storage import checkpoint_name, list_checkpoints
 from ..verify import FileState, verify_checkpoint
-from .events import ChildSpec, Event, FinishedEvent, LossEvent, ReadyEvent, ResumedEvent
+from .events import ChildSpec, Event, FinishedEvent, LossEvent, ReadyEvent, ResumedEvent, SaveEvent
 from .options import REFERENCE_KEPT, DemoOptions, needed_nbytes, plan_kill_step
 from .process import Life, run_child
 from .report import DemoReport, summarize
@@ -200,7 +201,7 @@ class _Demo:
         self.listener.begin(phase, self.options.steps)
         name = f"{Path(spec.run).name}{'-resumed' if spec.resume else ''}.log"
         log = self.directory / "logs" / name
-        life = run_child(spec, log=log, listen=self._pass_on, kill_from=kill_from)
+        life = run_child(spec, log=log, listen=_Commentary(self.listener, self.options.steps), kill_from=kill_from)
         if life.killed is None:
             self.listener.end("done")
         elif life.killed.was_published:
@@ -208,19 +209,6 @@ class _Demo:
         else:
             self.listener.end(f"killed while saving step {life.killed.step}", is_crash=True)
         return life
-
-    def _pass_on(self, event: Event) -> None:
-        match event:
-            case ReadyEvent():
-                self.listener.advance(0, "training starts")
-            case ResumedEvent(step=step):
-                self.listener.advance(step, f"from checkpoint-{step}")
-            case LossEvent(step=step, loss=loss):
-                self.listener.advance(step, f"loss {loss:.2f}")
-            case FinishedEvent(validation_loss=loss):
-                self.listener.advance(self.options.steps, f"validation loss {loss:.3f}")
-            case _:
-                pass
 
     def _crash(self) -> list[Life]:
         """Train and kill in the middle of a save; if the save was published first, resume and try at the next one."""
@@ -251,3 +239,33 @@ class _Demo:
             self.listener.advance(number, checkpoint_name(entry.step))
         self.listener.end(f"all {len(entries)} verify")
         return len(entries)
+
+
+class _Commentary:
+    """Tells the listener what a training process says: its loss, and what its last save cost."""
+
+    def __init__(self, listener: Listener, steps: int) -> None:
+        self._listener = listener
+        self._steps = steps
+        self._save = ""
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case ReadyEvent():
+                self._say(0, "training starts")
+            case ResumedEvent(step=step):
+                self._say(step, f"from checkpoint-{step}")
+            case LossEvent(step=step, loss=loss):
+                self._say(step, f"loss {loss:.2f}{self._save}")
+            case SaveEvent(step=step, written_nbytes=nbytes, total_secs=secs, stall_secs=stall):
+                self._save = (
+                    f", save {step}: {format_bytes(nbytes)} at {nbytes / secs / 1e9:.1f} GB/s, "
+                    f"training waited {stall * 1e3:.0f} ms"
+                )
+            case FinishedEvent(validation_loss=loss):
+                self._say(self._steps, f"validation loss {loss:.3f}")
+            case _:
+                pass
+
+    def _say(self, step: int, text: str) -> None:
+        self._listener.advance(step, text)

@@ -10,8 +10,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..checkpoint import open_checkpoint
+from ..errors import TailorError
 from ..integrations.transformers import TailorMixin
 from ..storage import checkpoint_name
+from ..writer import SaveHandle
 from .events import ChildSpec, Event, FinishedEvent, LossEvent, ReadyEvent, ResumedEvent, SaveEvent, SaveFailedEvent
 from .options import SIZES, ModelSize
 from .text import VOCABULARY_SIZE, cut_sequences, read_text, split_text
@@ -22,7 +24,26 @@ Emit = Callable[[Event], None]
 
 
 class _TailoredTrainer(TailorMixin, Trainer):
-    """The real Trainer with our checkpoints."""
+    """The real Trainer with our checkpoints; tells of each save when it ended."""
+
+    emit: Emit
+
+    def save_ended(self, handle: SaveHandle) -> None:
+        super().save_ended(handle)
+        if handle.stats is None:
+            what = handle.error.what if isinstance(handle.error, TailorError) else str(handle.error)
+            self.emit(SaveFailedEvent(step=handle.step, what=what))
+            return
+        self.emit(
+            SaveEvent(
+                step=handle.step,
+                written_nbytes=handle.stats.written_nbytes,
+                stall_secs=handle.stats.stall_secs,
+                total_secs=handle.stats.total_secs,
+                num_layers_written=handle.stats.num_layers_written,
+                num_layers=handle.stats.num_layers,
+            )
+        )
 
 
 def train(spec: ChildSpec, emit: Emit) -> None:
@@ -32,16 +53,15 @@ def train(spec: ChildSpec, emit: Emit) -> None:
     size = SIZES[spec.size]
     model = _build_model(size)
     training, validation = split_text(read_text())
-    reporter = _Reporter(Path(spec.run), emit)
     trainer = _TailoredTrainer(
         model=model,
         args=_arguments(spec, size),
         train_dataset=_examples(cut_sequences(training, size.sequence)),
         eval_dataset=_examples(cut_sequences(validation, size.sequence, size.validation_sequences)),
-        callbacks=[reporter],
+        callbacks=[_Reporter(Path(spec.run), emit)],
         strategy=spec.strategy,
     )
-    reporter.trainer = trainer
+    trainer.emit = emit
     emit(ReadyEvent(num_parameters=sum(parameter.numel() for parameter in model.parameters())))
     trainer.train(resume_from_checkpoint=spec.resume)
     emit(FinishedEvent(validation_loss=trainer.evaluate()["eval_loss"]))
@@ -92,7 +112,6 @@ class _Reporter(TrainerCallback):
     """Tells the parent what happens."""
 
     def __init__(self, run: Path, emit: Emit) -> None:
-        self.trainer: _TailoredTrainer | None = None
         self._run = run
         self._emit = emit
 
@@ -106,20 +125,3 @@ class _Reporter(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" in logs:
             self._emit(LossEvent(step=state.global_step, loss=float(logs["loss"])))
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        save = None if self.trainer is None else self.trainer.last_save
-        if save is None or save.stats is None or save.step != state.global_step:
-            what = save.error.what if save is not None and save.error is not None else "unknown"
-            self._emit(SaveFailedEvent(step=state.global_step, what=what))
-            return
-        self._emit(
-            SaveEvent(
-                step=save.step,
-                written_nbytes=save.stats.written_nbytes,
-                stall_secs=save.stats.stall_secs,
-                total_secs=save.stats.total_secs,
-                num_layers_written=save.stats.num_layers_written,
-                num_layers=save.stats.num_layers,
-            )
-        )

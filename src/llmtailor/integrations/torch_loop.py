@@ -7,19 +7,20 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import torch
 
 from ..checkpoint import Checkpoint, describe_layers
-from ..checkpointer import Checkpointer
+from ..checkpointer import Checkpointer, EngineOptions, engine_options
 from ..errors import InvalidInputError, TailorError, UnsupportedError
-from ..load import load_model, load_optimizers
-from ..model_state import check_model, is_adapted
-from ..resume import open_resumable
+from ..load import plan_load
+from ..model_state import is_adapted
+from ..resume import Fill, load_named
 from ..strategies import SaveContext, Strategy
 from ..writer import SaveHandle
 from .batches import Batches
+from .preemption import Preemption, PreemptionOptions, preemption_options
 from .small_files import (
     Stateful,
     check_objects,
@@ -37,9 +38,11 @@ __all__ = ["Run"]
 
 logger = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
 BatchT = TypeVar("BatchT")
+
+
+class RunOptions(EngineOptions, PreemptionOptions, total=False):
+    """Options of ``Run`` that are the same for every integration."""
 
 
 class Run:
@@ -55,7 +58,9 @@ class Run:
         run.close()
 
     Saved in full every time: scheduler, gradient scaler, random numbers, data position (``batches``) and ``state``.
-    In a single process; call it after the optimizer's step.
+    In a single process; call it after the optimizer's step. A save returns at once and goes on in the background; the
+    optimizer's next step waits until the state is captured. Whatever else changes parameters in place between two
+    steps (an average swapped in, ``load_state_dict``) has to call ``wait_until_captured`` first.
 
     Args:
         directory: The run; checkpoints are ``checkpoint-<step>`` in it.
@@ -70,10 +75,12 @@ class Run:
         state: More objects with ``state_dict``, by name.
         split_experts: Every expert of a block is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
+        **options: ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``, ``mirror_keep``,
+            ``durable``: see ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see ``PreemptionOptions``.
 
     Raises:
-        InvalidInputError: An unknown strategy, or a name in ``state`` that is taken.
-        LockedError: Another process writes this run.
+        InvalidInputError: An unknown strategy, an option that makes no sense, or a name in ``state`` that is taken.
+        LockedError: Another process writes this run, or its mirror.
         UnsupportedError: More than one process, or state that cannot be saved.
         WriteError: The directory cannot be written.
     """
@@ -93,6 +100,7 @@ class Run:
         state: Mapping[str, Stateful] | None = None,
         split_experts: bool = False,
         layer_overrides: Mapping[str, Sequence[str]] | None = None,
+        **options: Unpack[RunOptions],
     ) -> None:
         _refuse_ranks()
         if save_steps < 1:
@@ -110,14 +118,17 @@ class Run:
             keep_consistent=keep_consistent,
             split_experts=split_experts,
             layer_overrides=layer_overrides,
+            **engine_options(options),
         )
         # What cannot be saved is said before the first step, not at the first save.
         try:
+            self._preemption = Preemption(self._checkpointer.unfinished, preemption_options(options))
             self._checkpointer.read_model(self._model)
             check_objects(self._objects)
         except BaseException:
             self._checkpointer.close()
             raise
+        self._preemption.install()
 
     def batches(self, loader: Iterable[BatchT]) -> Batches[BatchT]:
         """Wrap the training loader so that its position is saved and resumed; call it before ``resume``."""
@@ -149,23 +160,25 @@ class Run:
             The number of steps done; 0 if there is nothing to resume.
 
         Raises:
-            IntegrityError: No checkpoint verifies, or the given one does not.
+            IntegrityError: No checkpoint verifies, or the given one does not. Bytes are checked while they are loaded:
+                where that overwrote values of the model or its optimizers, the hint says so.
             IncompleteError: None is resumable as asked, or it lacks the state of an object of this run.
             IncompatibleError: It is of another model, optimizer or machine, or has state of an object that this run
                 lacks; nothing was changed. Or an object refused its state, after model and optimizer were loaded.
         """
-        found = self._find(checkpoint, consistent=consistent, max_rollback_steps=max_rollback_steps)
+        small: dict[Path, tuple[int, dict[str, dict[str, Any]], dict[str, Any] | None]] = {}
+
+        def plan(candidate: Checkpoint) -> Fill:
+            path = candidate.path
+            step, states = read_progress(path, self._objects), read_objects(path, self._objects)
+            small[path] = step, states, load_rng(path) if random_state else None
+            return plan_load(candidate, self._checkpointer.read_model(self._model), self._optimizers).fill
+
+        found = self._find(checkpoint, plan, consistent=consistent, max_rollback_steps=max_rollback_steps)
         if found is None:
             self._checkpointer.begin(None)
             return 0
-        # Everything is read and checked before anything is changed.
-        step = read_progress(found.path, self._objects)
-        states = read_objects(found.path, self._objects)
-        rng = load_rng(found.path) if random_state else None
-        live = self._checkpointer.read_model(self._model)
-        check_model(live, found.manifest.tensors, path=found.path)
-        load_optimizers(found, live, self._optimizers)
-        load_model(found, live)
+        step, states, rng = small[found.path]
         load_objects(self._objects, states, path=found.path)
         if rng is not None:
             restore_rng(rng)
@@ -174,28 +187,46 @@ class Run:
         return step
 
     def _find(
-        self, checkpoint: str | Path | None, *, consistent: bool, max_rollback_steps: int | None
+        self,
+        checkpoint: str | Path | None,
+        plan: Callable[[Checkpoint], Fill],
+        *,
+        consistent: bool,
+        max_rollback_steps: int | None,
     ) -> Checkpoint | None:
-        if checkpoint is None:
-            return self._checkpointer.find(consistent=consistent, max_rollback_steps=max_rollback_steps)
-        return open_resumable(Path(checkpoint))
+        """Load model and optimizers from what is to be resumed from, while it is verified."""
+        if checkpoint is not None:
+            return load_named(Path(checkpoint), plan)
+        return self._checkpointer.load(plan, consistent=consistent, max_rollback_steps=max_rollback_steps)
 
     def step(self, step: int) -> SaveHandle | None:
         """Tell the run that ``step`` optimizer steps are done; saves if that is due.
 
+        Returns:
+            The save's handle, if there was one.
+
         Raises:
-            WriteError: This save failed, and so did the one before; training may go on.
+            WriteError: Two saves in a row failed; training may go on.
         """
-        return self.save(step) if step % self._save_steps == 0 else None
+        if self._preemption.wants_save:
+            self._checkpointer.drain(self._preemption.left_secs)
+            handle = self.save(step)
+            self._preemption.end()
+            return handle
+        if step % self._save_steps == 0:
+            return self.save(step)
+        self._checkpointer.collect()
+        self._checkpointer.prepare(self._model, self._optimizers)
+        return None
 
     def save(self, step: int) -> SaveHandle:
-        """Save now.
+        """Save now; returns at once.
 
         Returns:
             A handle: ``captured()`` and ``result()`` wait for the two moments; a save that failed says so there.
 
         Raises:
-            WriteError: This save failed, and so did the one before; training may go on.
+            WriteError: Two saves in a row failed; training may go on.
         """
 
         def write_small_files(directory: Path) -> None:
@@ -206,12 +237,17 @@ class Run:
 
         return self._checkpointer.save(step, self._model, self._optimizers, write_small_files)
 
+    def wait_until_captured(self) -> None:
+        """Wait until no save refers to the live state any more; before anything but ``optimizer.step()`` changes it."""
+        self._checkpointer.wait_until_captured()
+
     def close(self) -> None:
-        """Finish: raises if the last save failed and nothing was saved since.
+        """Finish the saves that are under way; raises if the last one failed and nothing was saved since.
 
         Raises:
             WriteError: What stopped the last save.
         """
+        self._preemption.remove()
         self._checkpointer.close()
 
     def __enter__(self) -> Self:

@@ -12,32 +12,34 @@ configuration and tokenizer are exactly what transformers writes, and resume rea
     _push_from_checkpoint           after publishing
     rotate_checkpoints              finds one directory in staging and does nothing; ours comes after publishing
 
-Source: transformers 5.23, trainer.py (_save_checkpoint, save_model, train, _load_from_checkpoint, _load_best_model).
+All of that is small and happens at once. The layers are captured while training goes on, and the checkpoint is
+published some steps later; ``save_ended`` says when.
+
+Source: transformers 5.23, trainer.py (_save_checkpoint, save_model, train, _load_from_checkpoint, _load_best_model,
+_maybe_log_save_evaluate, _finalize_training).
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import stat
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
-from transformers.utils import logging as transformers_logging
 
-from ..checkpoint import Checkpoint, describe_layers, open_checkpoint, require_optimizer
-from ..checkpointer import Checkpointer
+from ..checkpoint import describe_layers, open_checkpoint, require_optimizer
+from ..checkpointer import Checkpointer, EngineOptions, check_options, engine_options
 from ..errors import (
     FormatError,
-    IncompleteError,
     InvalidInputError,
     NotFoundError,
     TailorError,
@@ -45,12 +47,14 @@ from ..errors import (
     WriteError,
 )
 from ..load import load_model, load_optimizers
-from ..manifest import MANIFEST_NAME
 from ..model_state import is_adapted, read_model
 from ..resume import open_resumable
+from ..save_plan import Contents
 from ..storage import checkpoint_name
 from ..strategies import SaveContext, Strategy, parse_strategy
 from ..writer import SaveHandle
+from .preemption import Preemption, PreemptionOptions, preemption_options
+from .trainer_files import is_ours, is_stock, make_writable, require_trainer, without_progress_bars
 
 __all__ = ["TailorMixin", "TailorOptions", "tailor"]
 
@@ -59,7 +63,7 @@ logger = logging.getLogger(__name__)
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 
-class TailorOptions(TypedDict, total=False):
+class TailorOptions(EngineOptions, PreemptionOptions, total=False):
     """What ``tailor`` and ``TailorMixin`` take, beside the Trainer's own arguments."""
 
     strategy: str | Strategy | Callable[[SaveContext], Collection[str]]
@@ -96,8 +100,11 @@ class TailorMixin(_Base):
 
     _tailor_options: TailorOptions = TailorOptions()
     _tailor_checkpointer: Checkpointer | None = None
+    _tailor_preemption: Preemption | None = None
     _tailor_staged: Path | None = None
     _tailor_push_is_due: bool = False
+    _tailor_saves: Mapping[SaveHandle, str | None] = MappingProxyType({})
+    """Saves that may be under way -> the best model's checkpoint before them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options = {key: kwargs.pop(key) for key in TailorOptions.__annotations__ if key in kwargs}
@@ -125,6 +132,10 @@ class TailorMixin(_Base):
             WriteError: The last save failed, and nothing was saved since; training did finish.
         """
         checkpointer = self._tailor_open(trial)
+        self._tailor_preemption = Preemption(checkpointer.unfinished, preemption_options(self._tailor_options))
+        # Stock code has a way of its own to save at SIGTERM, which waits for the end of training as we do.
+        if not self.args.enable_jit_checkpoint:
+            self._tailor_preemption.install()
         try:
             resume_path = self._tailor_find(checkpointer, resume_from_checkpoint)
             result = super().train(resume_path, trial, ignore_keys_for_eval)
@@ -136,7 +147,11 @@ class TailorMixin(_Base):
             raise
         finally:
             self._tailor_checkpointer = None
-        checkpointer.close()
+            self._tailor_preemption.remove()
+        try:
+            checkpointer.close()
+        finally:
+            self._tailor_collect()
         return result
 
     def _tailor_open(self, trial: Any) -> Checkpointer:
@@ -149,6 +164,7 @@ class TailorMixin(_Base):
             keep_consistent=options.get("keep_consistent", True),
             split_experts=options.get("split_experts", False),
             layer_overrides=options.get("layer_overrides"),
+            **engine_options(options),
         )
         return self._tailor_checkpointer
 
@@ -169,14 +185,14 @@ class TailorMixin(_Base):
                     path=checkpointer.directory,
                     hint="train without resume_from_checkpoint, or give the path of a checkpoint of transformers",
                 )
-        elif _is_ours(wanted) or not _is_stock(wanted):
+        elif is_ours(wanted) or not is_stock(wanted):
             found = open_resumable(Path(wanted))
             require_optimizer(found)
         else:
             # A checkpoint of stock transformers: stock code loads it, and our first save is full.
             checkpointer.begin(None)
             return wanted
-        _require_trainer(found)
+        require_trainer(found)
         sys.stderr.write(describe_layers(found) + "\n")
         checkpointer.begin(found)
         return str(found.path)
@@ -195,13 +211,18 @@ class TailorMixin(_Base):
             self._tailor_save(checkpointer, model, trial)
         finally:
             self._tailor_checkpointer = None
-            checkpointer.close()
+            try:
+                checkpointer.close()
+            finally:
+                self._tailor_collect()
 
     def _tailor_save(self, checkpointer: Checkpointer, model: Any, trial: Any) -> None:
         last_best = self.state.best_model_checkpoint
         self._tailor_push_is_due = False
 
         def write_small_files(directory: Path) -> None:
+            # The save before may have ended meanwhile, and changed what the best model is.
+            self._tailor_collect()
             self._tailor_staged = directory
             try:
                 super(TailorMixin, self)._save_checkpoint(model, trial)
@@ -216,20 +237,82 @@ class TailorMixin(_Base):
                 _module(self),
                 [self.optimizer],
                 write_small_files,
-                contents="weights" if self.args.save_only_model else "full",
+                contents=self._tailor_contents,
                 pinned=self._tailor_best_steps(last_best),
             )
         except (WriteError, FormatError, NotFoundError) as err:
             # The second failure in a row. It was logged and warned about; training goes on and ``train`` raises last.
             handle = SaveHandle(self.state.global_step, error=err)
         self.last_save = handle
-        if handle.path is None:
-            self.state.best_model_checkpoint = last_best
-        elif self._tailor_push_is_due:
-            try:
-                super()._push_from_checkpoint(str(handle.path))
-            finally:
-                _make_writable(handle.path, Path(self.args.output_dir or "."))
+        self._tailor_saves = {**self._tailor_saves, handle: last_best}
+        if self._tailor_push_is_due and handle.error is None:
+            self._tailor_push(handle)
+
+    @property
+    def _tailor_contents(self) -> Contents:
+        return "weights" if self.args.save_only_model else "full"
+
+    def _tailor_push(self, handle: SaveHandle) -> None:
+        """The hub gets what is published; so a push, which takes its time anyhow, waits for the disk."""
+        try:
+            path = handle.result()
+        except TailorError:
+            return  # it is warned about where all failures are
+        try:
+            super()._push_from_checkpoint(str(path))
+        finally:
+            make_writable(path, Path(self.args.output_dir or "."))
+
+    def _tailor_collect(self) -> None:
+        """Say which saves ended since the last call."""
+        if self._tailor_checkpointer is not None:
+            self._tailor_checkpointer.collect()
+        for handle in [handle for handle in self._tailor_saves if handle.has_ended]:
+            last_best = self._tailor_saves[handle]
+            self._tailor_saves = {each: best for each, best in self._tailor_saves.items() if each is not handle}
+            best = self.state.best_model_checkpoint
+            if handle.error is not None and best is not None and Path(best).name == checkpoint_name(handle.step):
+                self.state.best_model_checkpoint = last_best
+            self.save_ended(handle)
+
+    def save_ended(self, handle: SaveHandle) -> None:
+        """A save was published, or failed. Called on the training thread, at the end of a step or of training.
+
+        Logs what the save cost, so that every tracker gets it; extend it to do more.
+        """
+        stats = handle.stats
+        if stats is None:
+            return
+        self.log(
+            {
+                "checkpoint_step": handle.step,
+                "checkpoint_stall_secs": round(stats.stall_secs, 4),
+                "checkpoint_capture_secs": round(stats.capture_secs, 4),
+                "checkpoint_write_secs": round(stats.write_secs, 4),
+                "checkpoint_commit_secs": round(stats.commit_secs, 4),
+                "checkpoint_gb": round(stats.written_nbytes / 1e9, 4),
+                "checkpoint_gb_per_sec": round(stats.write_rate / 1e9, 3),
+            }
+        )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        checkpointer = self._tailor_checkpointer
+        if checkpointer is not None and self.optimizer is not None:
+            # Not from a callback: a log inside of one would take back the Trainer's own wish to log.
+            self._tailor_collect()
+            checkpointer.prepare(_module(self), [self.optimizer], contents=self._tailor_contents)
+            if self._tailor_preemption is not None and self._tailor_preemption.wants_save:
+                checkpointer.drain(self._tailor_preemption.left_secs)
+                self._save_checkpoint(self.model, None)
+                self._tailor_preemption.end()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # What comes now looks at the run's directory: the best model is loaded, old checkpoints are removed.
+        if self._tailor_checkpointer is not None:
+            self._tailor_checkpointer.drain()
+            self._tailor_collect()
+        return super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _tailor_best_steps(self, last_best: str | None) -> set[int]:
         """Step of the best model; if that was not saved, or its save failed, of the best one that was, too."""
@@ -261,7 +344,7 @@ class TailorMixin(_Base):
             return
         # An empty state dict makes stock code write everything else, and an empty weights file that has to go:
         # transformers does the same under DeepSpeed. Source: transformers 5.23, trainer.py (save_model).
-        with _without_progress_bars():
+        with without_progress_bars():
             self._save(str(self._tailor_staged), state_dict={})
         for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
             (self._tailor_staged / name).unlink(missing_ok=True)
@@ -285,13 +368,13 @@ class TailorMixin(_Base):
     # ---- Loading ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not _is_ours(resume_from_checkpoint):
+        if not is_ours(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         _load_model(resume_from_checkpoint, _module(self) if model is None else model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not _is_ours(checkpoint):
+        if checkpoint is None or not is_ours(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         path = Path(checkpoint)
@@ -304,7 +387,7 @@ class TailorMixin(_Base):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if best is None or not _is_ours(best):
+        if best is None or not is_ours(best):
             super()._load_best_model()
             return
         logger.info("loading the best model from %s (score: %s)", best, self.state.best_metric)
@@ -348,8 +431,24 @@ def _attach(trainer: Any, options: Mapping[str, Any]) -> None:
             "unknown option", kind="option", expected=", ".join(TailorOptions.__annotations__), found=", ".join(unknown)
         )
     _refuse_sharding(trainer)
+    check_options(engine_options(options))
+    Preemption(list, preemption_options(options))
+    trainer.pop_callback(_CaptureCallback)
+    trainer.add_callback(_CaptureCallback(weakref.ref(trainer)))
     # Parsed here so that a misspelt strategy is said before the model trains.
     trainer._tailor_options = {**options, "strategy": parse_strategy(options.get("strategy", "full"))}
+
+
+class _CaptureCallback(TrainerCallback):
+    """Has the optimizer wait for the state to be captured, also where it is none of torch's."""
+
+    def __init__(self, trainer: weakref.ref[Any]) -> None:
+        self._trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer()
+        if trainer is not None and trainer._tailor_checkpointer is not None:
+            trainer._tailor_checkpointer.wait_until_captured()
 
 
 def _refuse_sharding(trainer: Trainer) -> None:
@@ -374,48 +473,5 @@ def _module(trainer: Trainer) -> torch.nn.Module:
     return trainer.model
 
 
-def _is_ours(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, MANIFEST_NAME))
-
-
-def _is_stock(path: str) -> bool:
-    """True for a directory that may be a checkpoint of transformers, and is no half of ours."""
-    return os.path.isfile(os.path.join(path, TRAINER_STATE_NAME)) and not os.path.isdir(os.path.join(path, "optimizer"))
-
-
 def _load_model(path: str, model: torch.nn.Module) -> None:
     load_model(open_checkpoint(path), read_model(model))
-
-
-@contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Stock ``save_pretrained`` shows a bar, even for no weights at all."""
-    bars: Any = transformers_logging  # its functions have no annotations
-    were_enabled = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_enabled:
-            bars.enable_progress_bar()
-
-
-def _require_trainer(checkpoint: Checkpoint) -> None:
-    missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if not (checkpoint.path / name).is_file()]
-    if missing:
-        raise IncompleteError(
-            "the checkpoint was not saved by a Trainer",
-            kind="other-trainer",
-            path=checkpoint.path,
-            expected=f"{TRAINER_STATE_NAME} and {SCHEDULER_NAME}",
-            found=f"no {' and no '.join(missing)}",
-            hint="resume it with the loop that saved it",
-        )
-
-
-def _make_writable(checkpoint: Path, output_dir: Path) -> None:
-    """Let stock code write again what the push copied: copies of our read-only files are read-only, too."""
-    for name in os.listdir(checkpoint):
-        copy = output_dir / name
-        if copy.is_file() and not copy.is_symlink():
-            copy.chmod(copy.stat().st_mode | stat.S_IWUSR)

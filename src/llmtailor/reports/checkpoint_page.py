@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Checkpoint
-from ..manifest import LayerRecord, Manifest, OptimizerRecord, TensorRecord
+from ..manifest import LayerRecord, Manifest, OptimizerRecord, SaveRecord, TensorRecord
 from .units import format_bytes, format_number_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class CheckpointPage:
             "is_consistent": manifest.is_consistent,
             "world": manifest.world.model_dump(mode="json"),
             "writer": manifest.writer.model_dump(mode="json"),
+            "save": None if manifest.save is None else manifest.save.model_dump(mode="json"),
             "num_parameters": _count_parameters(manifest),
             "num_trainable": _count_parameters(manifest, only_trainable=True),
             "tied": _ties(manifest),
@@ -121,8 +122,16 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, object]]:
     yield "tied", "; ".join(f"{fqn} is {holder}" for fqn, holder in _ties(manifest).items()) or None
     yield "files", f"{len(manifest.all_files)}, {format_bytes(manifest.nbytes)}"
     yield "written", f"{format_bytes(manifest.written_nbytes)} of that by this save"
+    yield "cost", None if manifest.save is None else _describe_cost(manifest.save)
     yield "writer", f"llmtailor {writer.llmtailor}, torch {writer.torch}, Python {writer.python}"
     yield "host", f"{writer.host}, process {writer.pid}, world size {manifest.world.size}"
+
+
+def _describe_cost(save: SaveRecord) -> str:
+    return (
+        f"training held up {save.stall_secs * 1e3:.0f} ms, captured in {save.capture_secs:.2f} s, "
+        f"written in {save.write_secs:.2f} s more, {format_bytes(save.pool_bytes)} of host memory"
+    )
 
 
 def _layer_table(manifest: Manifest) -> Table:

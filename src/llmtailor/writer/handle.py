@@ -1,14 +1,20 @@
-"""What a save gives back: a handle with the two moments a caller may wait for."""
+"""What a save gives back: how far it has come, the moments a caller may wait for, and what it cost."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from ..errors import TailorError
+from ..errors import WriteError
 from ..manifest import Manifest
+from .life import SaveState, advance
 
-__all__ = ["SaveHandle", "SaveStats"]
+__all__ = ["Durability", "SaveHandle", "SaveStats"]
+
+Durability = Literal["local", "mirror"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,50 +28,165 @@ class SaveStats:
     num_layers_written: int
     num_layers: int
     stall_secs: float
-    """Time the training loop was held up."""
+    """Time the training loop was held up: in the call, and before optimizer steps."""
+    capture_secs: float
+    """From the call until all was in host memory."""
+    write_secs: float
+    """From then until all was handed to the disk."""
+    commit_secs: float
+    """From then until it was published."""
     total_secs: float
-    """Time from the call to the acknowledgement."""
+    """From the call to the acknowledgement."""
+    pool_nbytes: int
+    """The most host memory that was in use at a time."""
+
+    @property
+    def write_rate(self) -> float:
+        """Bytes of new files per second, from the call to the acknowledgement."""
+        return self.written_nbytes / self.total_secs if self.total_secs else 0.0
 
 
 class SaveHandle:
-    """One save, done or failed.
+    """One save.
 
-    ``captured()`` returns when training may change the state again, ``result()`` when the checkpoint is acknowledged.
+    ``captured()`` returns when training may change the state again, ``result()`` when the checkpoint is durable. Every
+    method may be called by any thread. The writer moves it on; see ``life`` for the states.
+
+    Args:
+        step: Of the checkpoint.
+        durable: What ``result`` waits for: the run's own directory, or the mirror, too.
+        error: It failed at once.
+        is_skipped: It never began, because another save was in flight.
     """
 
     def __init__(
         self,
         step: int,
         *,
-        path: Path | None = None,
-        manifest: Manifest | None = None,
-        stats: SaveStats | None = None,
-        error: TailorError | None = None,
+        durable: Durability = "local",
+        error: BaseException | None = None,
+        is_skipped: bool = False,
     ) -> None:
-        assert (error is None) == (path is not None), "a save has either a path or an error"
         self.step = step
-        self.path = path
-        self.manifest = manifest
-        self.stats = stats
+        self.path: Path | None = None
+        """The checkpoint's directory, once it is published."""
+        self.manifest: Manifest | None = None
+        """Once it is published."""
+        self.stats: SaveStats | None = None
+        """Once it is published."""
         self.error = error
+        """What stopped the save."""
+        self.mirror_error: BaseException | None = None
+        """What stopped the copy to the mirror; the checkpoint itself is published."""
+        self.durable = durable
+        self._is_mirrored = False
+        self._condition = threading.Condition()
+        self._state = SaveState.CAPTURING
+        if error is not None:
+            self._state = SaveState.FAILED
+        elif is_skipped:
+            self._state = SaveState.SKIPPED
+            self.error = WriteError(
+                f"checkpoint-{step} was skipped: another save was in flight",
+                kind="skipped",
+                hint='pass when_busy="wait" to wait instead, or save less often',
+            )
 
-    def captured(self) -> None:
-        """Wait until the state was copied; raises what stopped the copy."""
+    @property
+    def state(self) -> SaveState:
+        """How far it has come."""
+        return self._state
+
+    def captured(self, timeout_secs: float | None = None) -> None:
+        """Wait until the state was copied to host memory.
+
+        Raises:
+            TailorError: What stopped the save.
+            TimeoutError: It took longer.
+        """
+        self.wait_until_captured(timeout_secs)
         if self.error is not None:
             raise self.error
 
-    def result(self) -> Path:
-        """Wait until the checkpoint is published and durable.
+    def wait_until_captured(self, timeout_secs: float | None = None) -> None:
+        """As ``captured``, but a save that failed is only waited for.
+
+        Raises:
+            TimeoutError: It took longer.
+        """
+        self._wait(lambda: self._state.is_captured, timeout_secs)
+
+    def result(self, timeout_secs: float | None = None) -> Path:
+        """Wait until the checkpoint is published and durable; with ``durable="mirror"``, in the mirror, too.
 
         Returns:
             Its directory.
 
         Raises:
-            TailorError: What stopped the save.
+            TailorError: What stopped the save, or the copy it was to wait for.
+            TimeoutError: It took longer.
         """
-        self.captured()
+        self._wait(lambda: self.has_ended, timeout_secs)
+        if self.failure is not None:
+            raise self.failure
         assert self.path is not None
         return self.path
 
+    @property
+    def has_ended(self) -> bool:
+        """True when ``result`` does not wait any more."""
+        if self.error is not None or self._state is SaveState.MIRRORED:
+            return True
+        is_local = self._state is SaveState.PUBLISHED
+        return is_local and (self.durable == "local" or self.mirror_error is not None)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ``result`` raises."""
+        return self.error or (self.mirror_error if self.durable == "mirror" else None)
+
+    def _wait(self, is_reached: Callable[[], bool], timeout_secs: float | None) -> None:
+        with self._condition:
+            if not self._condition.wait_for(is_reached, timeout_secs):
+                raise TimeoutError(f"checkpoint-{self.step} is {self._state} after {timeout_secs} s")
+
+    # ---- For the writer ----
+
+    def advance(self, to: SaveState) -> None:
+        """One step further."""
+        with self._condition:
+            self._state = advance(self._state, to)
+            self._condition.notify_all()
+
+    def publish(self, path: Path, manifest: Manifest, stats: SaveStats) -> None:
+        """It is published."""
+        with self._condition:
+            self.path, self.manifest, self.stats = path, manifest, stats
+            self._state = advance(self._state, SaveState.PUBLISHED)
+            if self._is_mirrored:
+                self._state = advance(self._state, SaveState.MIRRORED)
+            self._condition.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """It will not be published."""
+        with self._condition:
+            self.error = error
+            self._state = advance(self._state, SaveState.FAILED)
+            self._condition.notify_all()
+
+    def note_mirrored(self) -> None:
+        """The mirror holds it, or a newer one; may come before ``publish``, for the mirror's thread is another."""
+        with self._condition:
+            self._is_mirrored = True
+            if self._state is SaveState.PUBLISHED:
+                self._state = advance(self._state, SaveState.MIRRORED)
+            self._condition.notify_all()
+
+    def fail_mirror(self, error: BaseException) -> None:
+        """It is published, and will not be mirrored."""
+        with self._condition:
+            self.mirror_error = error
+            self._condition.notify_all()
+
     def __repr__(self) -> str:
-        return f"SaveHandle(step={self.step}, {'failed' if self.error else 'published'})"
+        return f"SaveHandle(step={self.step}, {self._state})"

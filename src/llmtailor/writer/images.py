@@ -3,33 +3,69 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
 from ..formats.safetensors import Layout, plan_layout
-from ..state_keys import NOTES_KEY
-from ..tensor_bytes import host_bytes, meta_of
+from ..state_keys import NOTES_KEY, split_state_key
+from ..tensor_bytes import meta_of
 
-__all__ = ["FileImage", "LayerImage", "optimizer_image", "weights_image"]
+__all__ = ["FileImage", "LayerImage", "Part", "optimizer_image", "weights_image"]
+
+Part: TypeAlias = memoryview | torch.Tensor
+"""Bytes, or a tensor whose elements in row-major order are the bytes."""
+
+# Below this a copy at once costs less than looking after the tensor until it is copied.
+_MAX_SMALL_NBYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileImage:
-    """A safetensors file that is not written yet: its layout and the live tensors that will fill it."""
+    """A safetensors file that is not written yet: its layout and what will fill it."""
 
     name: str
     """Relative to the checkpoint."""
     layout: Layout
     tensors: tuple[torch.Tensor, ...]
     """In the layout's order; live, not copied."""
+    are_lazy: tuple[bool, ...]
+    """Of each tensor: nothing but an optimizer's step changes it."""
 
-    def chunks(self) -> Iterator[memoryview]:
-        """The file's bytes in order; each tensor is copied to the host only when it is asked for."""
-        yield memoryview(self.layout.prefix)
-        for tensor in self.tensors:
-            yield host_bytes(tensor)
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The file from its first byte to its last."""
+        return (memoryview(self.layout.prefix), *self.tensors)
+
+    @property
+    def referred(self) -> Sequence[torch.Tensor]:
+        """Tensors that ``hold`` does not copy."""
+        pairs = zip(self.tensors, self.are_lazy, strict=True)
+        return [tensor for tensor, is_lazy in pairs if _is_referred(tensor, is_lazy)]
+
+    def hold(self) -> FileImage:
+        """The same image, ready to be captured while forward and backward run.
+
+        Large tensors that only an optimizer's step changes are referred to. A detached tensor stays what it is when the
+        module is moved and gets other memory. What forward may change (buffers), and what is small, is copied at once.
+        """
+        pairs = zip(self.tensors, self.are_lazy, strict=True)
+        return replace(self, tensors=tuple(_hold(tensor, is_lazy) for tensor, is_lazy in pairs))
+
+
+def _hold(tensor: torch.Tensor, is_lazy: bool) -> torch.Tensor:
+    held = tensor.detach()
+    return held if _is_referred(tensor, is_lazy) else held.clone()
+
+
+def _is_referred(tensor: torch.Tensor, is_lazy: bool) -> bool:
+    return is_lazy and tensor.nbytes > _MAX_SMALL_NBYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +75,6 @@ class LayerImage:
     layer: str
     weights: FileImage
     optimizer: FileImage | None
-    update_count: int | None
 
     @property
     def files(self) -> tuple[FileImage, ...]:
@@ -47,12 +82,31 @@ class LayerImage:
 
     @property
     def nbytes(self) -> int:
-        return sum(file.layout.nbytes for file in self.files)
+        return sum(file.nbytes for file in self.files)
+
+    def hold(self) -> LayerImage:
+        """As ``FileImage.hold``."""
+        optimizer = None if self.optimizer is None else self.optimizer.hold()
+        return replace(self, weights=self.weights.hold(), optimizer=optimizer)
+
+    def count_updates(self) -> int | None:
+        """The largest update count among the layer's parameters; None if none of them counts.
+
+        Waits for the device where the counts are there (fused, capturable), so no training thread may ask for it.
+        """
+        if self.optimizer is None:
+            return None
+        counts = (
+            int(tensor.item())
+            for stored, tensor in zip(self.optimizer.layout.tensors, self.optimizer.tensors, strict=True)
+            if split_state_key(stored.name)[1] == "step" and tensor.numel() == 1
+        )
+        return max(counts, default=None)
 
 
 def weights_image(stem: str, tensors: Mapping[str, torch.Tensor]) -> FileImage:
     """The weights file of a layer; ``tensors`` by fqn."""
-    return _image(f"model-{stem}.safetensors", tensors, {})
+    return _image(f"model-{stem}.safetensors", tensors, {}, are_lazy=torch.nn.Parameter)
 
 
 def optimizer_image(stem: str, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, object]) -> FileImage | None:
@@ -60,11 +114,19 @@ def optimizer_image(stem: str, tensors: Mapping[str, torch.Tensor], notes: Mappi
     if not tensors and not notes:
         return None
     metadata = {NOTES_KEY: json.dumps(dict(sorted(notes.items())))} if notes else {}
-    return _image(f"optimizer/{stem}.safetensors", tensors, metadata)
+    return _image(f"optimizer/{stem}.safetensors", tensors, metadata, are_lazy=torch.Tensor)
 
 
-def _image(name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileImage:
+def _image(
+    name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, are_lazy: type[torch.Tensor]
+) -> FileImage:
     metas = [(key, meta_of(tensor)) for key, tensor in tensors.items()]
     # transformers refuses a file without this key. Source: transformers 5.23, modeling_utils.py (load_state_dict).
     layout = plan_layout(metas, {"format": "pt", **metadata})
-    return FileImage(name=name, layout=layout, tensors=tuple(tensors[stored.name] for stored in layout.tensors))
+    ordered = tuple(tensors[stored.name] for stored in layout.tensors)
+    return FileImage(
+        name=name,
+        layout=layout,
+        tensors=ordered,
+        are_lazy=tuple(isinstance(tensor, are_lazy) for tensor in ordered),
+    )

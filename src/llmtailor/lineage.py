@@ -1,0 +1,207 @@
+"""What the next save of a run follows, and the job that makes of a plan a checkpoint that follows it.
+
+A plan is made by the training thread, the job is finished by a thread of the writer: in between, the saves before it
+are published or fail. So what is linked, and who is the parent, is decided anew when the job is finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from . import __version__
+from .checkpoint import Checkpoint
+from .errors import UnsupportedError
+from .manifest import FileRecord, Manifest, Parent, SaveRecord, World, Writer
+from .save_plan import SavePlan
+from .storage import StagedCheckpoint
+from .tiers import Tiers
+from .writer import LinkedFile, SaveCost, SaveHandle, SaveJob, WrittenLayer
+
+__all__ = ["Lineage"]
+
+_NO_DIGEST = "xxh3_128:" + "0" * 32
+
+
+class Lineage:
+    """The chain of checkpoints that a run's saves belong to.
+
+    Args:
+        tiers: Where checkpoints of this run are. A parent from anywhere else is of another run.
+    """
+
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
+        self._directories = {tier.path.resolve() for tier in tiers.all}
+        self._is_new_branch = True
+        self._mutex = threading.Lock()
+        self._run_id = secrets.token_hex(16)
+        self._parent: Checkpoint | None = None
+        self._planned: list[tuple[SavePlan, SaveHandle]] = []
+        """Of saves that may be in flight, oldest first."""
+
+    def begin(self, parent: Checkpoint | None) -> None:
+        """Follow this checkpoint from now on, or none; no save may be in flight."""
+        self._parent = parent
+        self._is_new_branch = True
+        is_continued = parent is not None and self._follows_own()
+        self._run_id = parent.manifest.run_id if parent is not None and is_continued else secrets.token_hex(16)
+
+    def _follows_own(self) -> bool:
+        """True if the next save follows a checkpoint of this run."""
+        return self._parent is not None and self._parent.path.resolve().parent in self._directories
+
+    @property
+    def newest_step(self) -> int | None:
+        """Step of the newest save, in flight or published; None before the first."""
+        with self._mutex:
+            if plans := self._in_flight():
+                return plans[-1].step
+            return None if self._parent is None else self._parent.manifest.step
+
+    def parent_to_plan_with(self) -> Manifest | None:
+        """What the next save will follow if the saves in flight succeed; their files have no digests yet."""
+        with self._mutex:
+            manifest = None if self._parent is None else self._parent.manifest
+            for plan in self._in_flight():
+                manifest = self._preview(plan)
+            return manifest
+
+    def _preview(self, plan: SavePlan) -> Manifest:
+        written = {
+            image.layer: WrittenLayer(
+                weights=FileRecord(path=image.weights.name, bytes=image.weights.nbytes, digest=_NO_DIGEST),
+                optimizer=None
+                if image.optimizer is None
+                else FileRecord(path=image.optimizer.name, bytes=image.optimizer.nbytes, digest=_NO_DIGEST),
+                update_count=None,
+            )
+            for image in plan.images
+        }
+        return self._describe(plan, written, (), None)
+
+    def is_linkable(self, file: FileRecord) -> bool:
+        """True if a file of the parent can be linked, or will be there to be linked."""
+        with self._mutex:
+            if any(
+                file.path == each.name for plan in self._in_flight() for image in plan.images for each in image.files
+            ):
+                return True
+            try:
+                return os.stat(self._source(file), follow_symlinks=False).st_size == file.bytes
+            except OSError:
+                return False
+
+    def _source(self, file: FileRecord) -> Path:
+        assert self._parent is not None
+        return self._parent.path / file.path
+
+    def make_job(
+        self, plan: SavePlan, staged: StagedCheckpoint, handle: SaveHandle, pinned: Collection[int]
+    ) -> SaveJob:
+        """What the writer is told; the plan counts as in flight from now on, as long as the handle does.
+
+        Args:
+            plan: The save, decided.
+            staged: Its attempt.
+            handle: Its caller's.
+            pinned: Steps that retention must keep.
+        """
+        with self._mutex:
+            self._planned.append((plan, handle))
+
+        def plan_links() -> list[LinkedFile]:
+            with self._mutex:
+                rebased = self._rebase(plan)
+                if self._is_new_branch:
+                    self._tiers.leave_branch(plan.step, is_first=not self._follows_own())
+                    self._is_new_branch = False
+                return [LinkedFile(record=file, source=self._source(file)) for file in rebased.links]
+
+        def build_manifest(
+            written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost
+        ) -> Manifest:
+            with self._mutex, _translate_schema_errors(staged.path):
+                return self._describe(self._rebase(plan), written, small, cost)
+
+        def note_published(path: Path, manifest: Manifest, digest: str) -> None:
+            with self._mutex:
+                self._parent = Checkpoint(path=path, manifest=manifest, digest=digest)
+
+        return SaveJob(
+            step=plan.step,
+            staged=staged,
+            images=plan.images,
+            plan_links=plan_links,
+            build_manifest=build_manifest,
+            is_first=lambda: not self._follows_own(),
+            on_published=note_published,
+            tidy_up=lambda path: self._tiers.follow_up(path, handle, pinned),
+        )
+
+    def _in_flight(self) -> list[SavePlan]:
+        self._planned = [(plan, handle) for plan, handle in self._planned if handle.state.is_in_flight]
+        return [plan for plan, _ in self._planned]
+
+    def _rebase(self, plan: SavePlan) -> SavePlan:
+        return plan.rebase(None if self._parent is None else self._parent.manifest)
+
+    def _describe(
+        self, plan: SavePlan, written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost | None
+    ) -> Manifest:
+        parent = self._parent
+        return Manifest(
+            run_id=self._run_id,
+            step=plan.step,
+            save_index=plan.save_index,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            parent=None if parent is None else Parent(step=parent.manifest.step, digest=parent.digest),
+            contents=plan.contents,
+            strategy=plan.strategy,
+            world=World(size=1, sharding="none"),
+            writer=Writer(
+                llmtailor=__version__,
+                torch=torch.__version__,
+                python=platform.python_version(),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+            ),
+            tensors=plan.tensors,
+            optimizers=plan.optimizers,
+            layers=plan.record_layers(written),
+            files=tuple(small),
+            save=None if cost is None else _record_cost(cost),
+        )
+
+
+def _record_cost(cost: SaveCost) -> SaveRecord:
+    return SaveRecord(
+        stall_secs=round(cost.stall_secs, 6),
+        capture_secs=round(cost.capture_secs, 6),
+        write_secs=round(cost.write_secs, 6),
+        pool_bytes=cost.pool_nbytes,
+    )
+
+
+@contextlib.contextmanager
+def _translate_schema_errors(directory: Path) -> Iterator[None]:
+    """A checkpoint that the format cannot describe, such as two small files whose names differ in case alone."""
+    try:
+        yield
+    except ValidationError as err:
+        raise UnsupportedError(
+            f"this checkpoint cannot be described: {err.errors(include_url=False)[0]['msg']}",
+            kind="manifest-schema",
+            path=directory,
+            hint="see docs/spec/checkpoint-v1.md, section 4; older checkpoints were not touched",
+        ) from err

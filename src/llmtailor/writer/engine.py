@@ -1,0 +1,281 @@
+"""The lazy writer: a save returns at once, the state is copied while training goes on, and goes to disk from there.
+
+    training    submit -------------------------------> (forward, backward) -> wait_until_captured -> optimizer.step()
+    capture           copy piece, copy piece, ...  captured
+    writers                 digest in order, write around the page cache, give the piece back
+    commit                                                  links, small files, manifest, fsync, rename   published
+
+Four threads and one ring of host memory for a run. Saves are captured, and published, in the order in which they were
+submitted. A thread never waits for the one that trains, so it does not matter if that dies; and a save that fails
+anywhere lets go of everything it holds. After DataStates-LLM (HPDC'24): parameters and optimizer state do not change
+between two optimizer steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..errors import WriteError
+from ..manifest import encode_manifest
+from ..storage import RunDirectory, pad
+from .copying import ImageReader
+from .devices import Lanes
+from .handle import SaveHandle
+from .images import FileImage, LayerImage
+from .job import SaveJob
+from .life import SaveState
+from .pool import HostPool, default_pool_nbytes
+from .saving import FilePiece, GrowingFile, Saving, Stopped
+
+__all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
+
+# Around the page cache one thread nearly fills a disk; the second digests meanwhile.
+_NUM_WRITERS = 2
+
+
+class Engine:
+    """Writes the checkpoints of one run.
+
+    Args:
+        run: Where they are published; open for writing.
+        pool_nbytes: Host memory it may take; None takes what a save needs, up to a quarter of what is free.
+    """
+
+    def __init__(self, run: RunDirectory, *, pool_nbytes: int | None = None) -> None:
+        self._run = run
+        self._pool = HostPool(default_pool_nbytes() if pool_nbytes is None else pool_nbytes)
+        self._lanes = Lanes()
+        self._captures: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[FilePiece | None] = queue.SimpleQueue()
+        self._commits: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._in_flight: list[Saving] = []
+        self._is_tidying = False
+        """The commit thread works for a save that is published."""
+        self._threads: list[threading.Thread] = []
+        self._pid = os.getpid()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Saves that are neither published nor failed."""
+        return len(self._in_flight)
+
+    def prepare(self, images: Sequence[LayerImage]) -> None:
+        """Have host memory for a save of these layers ready in the background. Called by the training thread."""
+        files = [file for image in images for file in image.files]
+        nbytes = sum(pad(file.nbytes) for file in files)
+        is_pinned = any(tensor.is_cuda for file in files for tensor in file.tensors)
+        self._start_threads()
+        self._captures.put(lambda: self._prepare_pool(nbytes, is_pinned))
+
+    def submit(self, job: SaveJob, handle: SaveHandle, *, called: float) -> None:
+        """Begin a save; the handle tells the rest. Called by the training thread.
+
+        Args:
+            job: What is to be done. The engine ends the attempt, whatever happens.
+            handle: For the caller.
+            called: When the save began, by ``time.perf_counter``.
+
+        Raises:
+            WriteError: The engine's threads cannot be started; the attempt was abandoned.
+        """
+        try:
+            saving = Saving(job, handle, called=called, pool=self._pool)
+            self._start_threads()
+        except BaseException:
+            self._run.abandon(job.staged)
+            raise
+        with self._changed:
+            self._in_flight.append(saving)
+        self._captures.put(lambda: self._run_capture(saving))
+
+    def note_return(self, handle: SaveHandle) -> None:
+        """The call that began a save returns now; what it took is stall."""
+        for saving in list(self._in_flight):
+            if saving.handle is handle:
+                saving.moments.returned = time.perf_counter()
+
+    def _start_threads(self) -> None:
+        if self._threads:
+            return
+        loops = [("capture", self._capture_loop), ("commit", self._commit_loop)]
+        loops += [(f"write-{number}", self._write_loop) for number in range(_NUM_WRITERS)]
+        try:
+            for name, loop in loops:
+                thread = threading.Thread(target=loop, name=f"llmtailor-{name}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as err:  # threading says so of a limit on processes
+            self._stop_threads()
+            raise WriteError(
+                "cannot start the threads that write checkpoints",
+                kind="io",
+                hint="raise the limit on processes (ulimit -u); older checkpoints were not touched",
+            ) from err
+
+    # ---- Waiting ----
+
+    def wait_until_captured(self) -> None:
+        """Wait until no save refers to the state any more; an optimizer's step calls this first."""
+        if not self._in_flight or os.getpid() != self._pid:
+            # A forked process has a copy of the state to itself, and none of the threads.
+            return
+        for saving in list(self._in_flight):
+            if not saving.is_captured:
+                saving.wait_until_captured()
+
+    def wait_for_room(self, limit: int) -> None:
+        """Wait until fewer than so many saves are in flight."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._in_flight) < limit)
+
+    def drain(self, timeout_secs: float | None = None) -> bool:
+        """Wait until no save is in flight, and old checkpoints that may go are gone.
+
+        Returns:
+            False if there is still something to do after the timeout.
+        """
+        if os.getpid() != self._pid:
+            return True
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._in_flight and not self._is_tidying, timeout_secs)
+
+    def close(self) -> None:
+        """Wait for all saves, then end the threads and let go of the memory; more than once is fine."""
+        self.drain()
+        if os.getpid() == self._pid:
+            self._stop_threads()
+            self._pool.close()
+
+    def _stop_threads(self) -> None:
+        self._captures.put(None)
+        self._commits.put(None)
+        for _ in range(_NUM_WRITERS):
+            self._pieces.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+        # Not all may have been started: what nobody was there to read must not end the threads of another try.
+        self._captures, self._pieces, self._commits = queue.SimpleQueue(), queue.SimpleQueue(), queue.SimpleQueue()
+
+    # ---- Capture ----
+
+    def _capture_loop(self) -> None:
+        while (task := self._captures.get()) is not None:
+            task()
+
+    def _prepare_pool(self, nbytes: int, is_pinned: bool) -> None:
+        try:
+            self._pool.reserve(nbytes, is_pinned=is_pinned)
+            self._pool.touch()
+        except (OSError, MemoryError, RuntimeError) as err:  # the first save will say it where it matters
+            logger.warning("host memory for saves could not be prepared: %s", err)
+
+    def _run_capture(self, saving: Saving) -> None:
+        try:
+            self._capture(saving)
+        except BaseException as err:
+            saving.fail(err)
+        finally:
+            saving.end_capture()
+            if not saving.has_failed:
+                saving.handle.advance(SaveState.CAPTURED)
+            self._commits.put(saving)
+
+    def _capture(self, saving: Saving) -> None:
+        self._pool.reserve(saving.job.padded_nbytes, is_pinned=bool(saving.fences))
+        self._lanes.start(saving.fences)
+        for image in saving.job.images:
+            for file in image.files:
+                self._capture_file(saving, GrowingFile(saving, image.layer, file), file)
+        self._lanes.synchronize()
+        saving.check_unchanged()
+        saving.pool_nbytes = self._pool.high_water_nbytes
+
+    def _capture_file(self, saving: Saving, file: GrowingFile, image: FileImage) -> None:
+        reader = ImageReader(image.parts, self._lanes)
+        offset = 0
+        while offset < image.nbytes:
+            piece = self._pool.take(image.nbytes - offset, lambda: saving.has_failed)
+            if piece is None:
+                raise Stopped
+            nbytes = min(piece.nbytes, image.nbytes - offset)
+            try:
+                saving.check_readable(image)
+                reader.fill(piece, nbytes)
+                events = self._lanes.events() if saving.fences else ()
+            except BaseException:
+                self._pool.give_back(piece)
+                raise
+            saving.begin_piece()
+            self._pieces.put(FilePiece(file=file, piece=piece, offset=offset, nbytes=nbytes, events=events))
+            offset += nbytes
+
+    # ---- Write ----
+
+    def _write_loop(self) -> None:
+        while (each := self._pieces.get()) is not None:
+            saving = each.file.saving
+            try:
+                for event in each.events:
+                    event.synchronize()
+                if not saving.has_failed:
+                    each.file.write(each.piece, each.offset, each.nbytes)
+            except BaseException as err:
+                saving.fail(err)
+            finally:
+                self._pool.give_back(each.piece)
+                saving.end_piece()
+
+    # ---- Commit ----
+
+    def _commit_loop(self) -> None:
+        while (saving := self._commits.get()) is not None:
+            path = None
+            try:
+                saving.wait_until_written()
+                saving.raise_if_failed()
+                path = self._commit(saving)
+            except BaseException as err:
+                self._end_failed(saving, err)
+            with self._changed:
+                self._in_flight.remove(saving)
+                self._is_tidying = True
+                self._changed.notify_all()
+            # Nobody waits for what comes now: removing gigabytes takes a disk its time.
+            if path is not None:
+                saving.job.tidy_up(path)
+            with self._changed:
+                self._is_tidying = False
+                self._changed.notify_all()
+
+    def _commit(self, saving: Saving) -> Path:
+        job, handle, staged = saving.job, saving.handle, saving.staged
+        handle.advance(SaveState.WRITTEN)
+        for link in job.plan_links():
+            staged.link_file(link.record, link.source)
+        manifest = job.build_manifest(saving.written_layers(), staged.adopt_rest(), saving.cost())
+        saving.raise_if_failed()
+        encoded, digest = encode_manifest(manifest)
+        staged.seal(encoded)
+        handle.advance(SaveState.COMMITTED)
+        path = self._run.publish(staged, job.step, is_first=job.is_first())
+        job.on_published(path, manifest, digest)
+        handle.publish(path, manifest, saving.stats(manifest))
+        return path
+
+    def _end_failed(self, saving: Saving, error: BaseException) -> None:
+        # Whatever else goes wrong, whoever waits is told, and this thread goes on to the next save.
+        try:
+            self._run.abandon(saving.staged)
+        except BaseException:
+            logger.exception("what checkpoint-%d left behind could not be removed", saving.job.step)
+        saving.handle.fail(error)

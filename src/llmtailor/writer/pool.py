@@ -1,0 +1,243 @@
+"""Host memory that is allocated once and used again for every save: a ring of pieces.
+
+    |  free  | piece | piece (given back) | piece |   free   |
+             ^ oldest                             ^ head
+
+A piece is a stretch of pages that becomes a stretch of a file. Pieces are taken in order by one thread and given back
+by others in any order; room is won when the oldest is given back. An empty ring starts over at its first page, so that
+small saves touch little memory.
+
+Fresh pages are what copying to host memory costs most (0.7 s per GB against 0.1), so they are asked for in huge ones,
+and kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..errors import InvalidInputError, WriteError
+from ..storage import ALIGNMENT, pad
+
+__all__ = ["MIN_POOL_NBYTES", "HostPool", "Piece", "default_pool_nbytes"]
+
+logger = logging.getLogger(__name__)
+
+# What one write brings to the disk: more is not faster, less is slower.
+_MAX_PIECE_NBYTES = 8 * 2**20
+# What is touched before somebody may interrupt.
+_TOUCHED_NBYTES = 64 * 2**20
+# Pinned for every device of the process. Source: CUDA 13 runtime API (cudaHostRegisterPortable).
+_PORTABLE = 1
+# So that copying and writing overlap however small the pool is.
+_MIN_PIECES = 4
+MIN_POOL_NBYTES = _MIN_PIECES * ALIGNMENT
+# Of the memory that is free when the first save begins; the rest is for the data loader and the page cache.
+_DEFAULT_SHARE = 4
+_MIN_DEFAULT_NBYTES = 64 * 2**20
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Piece:
+    """A stretch of the ring."""
+
+    start: int
+    nbytes: int
+    """A multiple of ``ALIGNMENT``."""
+    bytes: npt.NDArray[np.uint8]
+    tensor: torch.Tensor
+    """The same memory, uint8."""
+    is_given_back: bool = field(default=False)
+
+    @property
+    def buffer(self) -> memoryview:
+        """The same memory, page-aligned."""
+        return memoryview(self.bytes.data)
+
+
+def default_pool_nbytes() -> int:
+    """How much host memory a run may take for its saves if nobody says: a quarter of what is free now.
+
+    Source: Linux, Documentation/filesystems/proc.rst (MemAvailable).
+    """
+    available = 0
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+        available = int(fields.get("MemAvailable", "0 kB").split()[0]) * 1024
+    return max(_MIN_DEFAULT_NBYTES, available // _DEFAULT_SHARE)
+
+
+class HostPool:
+    """The ring.
+
+    Args:
+        limit_nbytes: It never takes more memory than this; rounded down to pages.
+
+    Raises:
+        InvalidInputError: That is too little to work with.
+    """
+
+    def __init__(self, limit_nbytes: int) -> None:
+        if limit_nbytes < MIN_POOL_NBYTES:
+            raise InvalidInputError(
+                "the pool of host memory is too small",
+                kind="pool-size",
+                expected=f"at least {MIN_POOL_NBYTES} bytes",
+                found=f"{limit_nbytes} bytes",
+                hint="leave pool_nbytes out to let a quarter of the free memory be used at most",
+            )
+        self.limit_nbytes = limit_nbytes // ALIGNMENT * ALIGNMENT
+        self._condition = threading.Condition()
+        self._pieces: deque[Piece] = deque()
+        self._head = 0
+        self._in_use = 0
+        self._high_water = 0
+        self._bytes: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+        self._tensor = torch.empty(0, dtype=torch.uint8)
+        self._pinned: int | None = None
+        """Address of the memory, where CUDA has pinned it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it holds now."""
+        return self._bytes.nbytes
+
+    @property
+    def high_water_nbytes(self) -> int:
+        """The most that was in use at a time since ``reserve``."""
+        return self._high_water
+
+    def reserve(self, nbytes: int, *, is_pinned: bool) -> None:
+        """Get ready for a save: allocate, if this is the first or it is larger than those before.
+
+        Called by the thread that takes pieces. Memory is only replaced while no piece is in use; else what is there
+        must do.
+
+        Args:
+            nbytes: What the save needs at most, padding included.
+            is_pinned: Some of it comes from a CUDA device.
+
+        Raises:
+            WriteError: There is not so much memory.
+        """
+        wanted = min(self.limit_nbytes, max(pad(nbytes), MIN_POOL_NBYTES))
+        with self._condition:
+            self._high_water = self._in_use
+            if not self._pieces and wanted > self.nbytes:
+                self._allocate(wanted)
+            if not self._pieces and is_pinned and self._pinned is None:
+                self._pin()
+
+    def touch(self) -> None:
+        """Have every page there before the first save needs it; for the thread that takes pieces."""
+        with self._condition:
+            if self._pieces:
+                return
+        for start in range(0, self.nbytes, _TOUCHED_NBYTES):
+            # numpy lets other threads run meanwhile; madvise(MADV_POPULATE_WRITE) from Python does not.
+            self._bytes[start : start + _TOUCHED_NBYTES : ALIGNMENT] = 0
+
+    def _allocate(self, nbytes: int) -> None:
+        self._unpin()
+        # The old memory goes before the new one comes.
+        self._bytes, self._tensor = np.empty(0, dtype=np.uint8), torch.empty(0, dtype=torch.uint8)
+        try:
+            memory = mmap.mmap(-1, nbytes)
+        except (OSError, MemoryError) as err:
+            raise WriteError(
+                "cannot get host memory to save from",
+                kind="host-memory",
+                expected=f"{nbytes} bytes",
+                found=str(err),
+                hint="pass a smaller pool_nbytes, or raise the limit (ulimit -v); older checkpoints were not touched",
+            ) from err
+        with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages is slower the first time
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = np.frombuffer(memory, dtype=np.uint8)
+        self._tensor = torch.from_numpy(self._bytes)
+
+    def _pin(self) -> None:
+        """Let CUDA copy into the memory without a detour.
+
+        By registering what is there: torch's own pinned allocator rounds up to a power of two, which would be up to
+        twice what was allowed. Source: torch 2.13, c10/core/CachingHostAllocator.h (allocate).
+        """
+        address = self._bytes.ctypes.data
+        code = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, _PORTABLE))
+        if code != 0:
+            logger.warning("host memory could not be pinned (CUDA error %d); copies from the device are slower", code)
+            return
+        self._pinned = address
+
+    def _unpin(self) -> None:
+        if self._pinned is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned)
+            self._pinned = None
+
+    def take(self, nbytes: int, is_cancelled: Callable[[], bool]) -> Piece | None:
+        """Take the next piece; waits until there is room.
+
+        Args:
+            nbytes: How much is wanted.
+            is_cancelled: Asked whenever something changed; ``wake`` makes it so.
+
+        Returns:
+            A piece of at most that many bytes, rounded up to ``ALIGNMENT``; None if it was cancelled.
+        """
+        wanted = min(pad(nbytes), _MAX_PIECE_NBYTES, self.nbytes // _MIN_PIECES // ALIGNMENT * ALIGNMENT)
+        with self._condition:
+            while not is_cancelled():
+                if not self._pieces:
+                    self._head = 0
+                # A piece does not go round the end: the rest of the ring becomes a smaller one.
+                granted = min(wanted, self.nbytes - self._head)
+                if self._has_room(granted):
+                    return self._grant(granted)
+                self._condition.wait()
+        return None
+
+    def _has_room(self, nbytes: int) -> bool:
+        if not self._pieces:
+            return True
+        oldest = self._pieces[0].start
+        # At the same place, the ring is full: it is not empty.
+        return self._head > oldest or self._head + nbytes <= oldest if self._head != oldest else False
+
+    def _grant(self, nbytes: int) -> Piece:
+        start, end = self._head, self._head + nbytes
+        piece = Piece(start=start, nbytes=nbytes, bytes=self._bytes[start:end], tensor=self._tensor[start:end])
+        self._pieces.append(piece)
+        self._head = end % self.nbytes
+        self._in_use += nbytes
+        self._high_water = max(self._high_water, self._in_use)
+        return piece
+
+    def give_back(self, piece: Piece) -> None:
+        """Let the memory be used again; any thread, once per piece."""
+        with self._condition:
+            assert not piece.is_given_back
+            piece.is_given_back = True
+            self._in_use -= piece.nbytes
+            while self._pieces and self._pieces[0].is_given_back:
+                self._pieces.popleft()
+            self._condition.notify_all()
+
+    def wake(self) -> None:
+        """Have whoever waits in ``take`` ask whether it is cancelled."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def close(self) -> None:
+        """Let go of the memory; nothing may be in use."""
+        with self._condition:
+            self._unpin()
+            self._bytes, self._tensor = np.empty(0, dtype=np.uint8), torch.empty(0, dtype=torch.uint8)
