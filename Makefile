@@ -36,13 +36,19 @@ test-all: $(DEV)  ## Every test; those for a GPU skip themselves where there is 
 	$(PYTEST) -q -n 2
 
 ##@ Measure and document
-.PHONY: bench docs
+.PHONY: bench bench-gpu docs
 bench: $(DEV)  ## Run every benchmark in turn; results in benchmarks/results/
 	@mkdir -p benchmarks/results
 	@set -e; for bench in $(sort $(wildcard benchmarks/bench_*.py)); do \
 	  echo "== $$bench"; $(BIN)/python $$bench; \
 	done
 	$(BIN)/python benchmarks/readme_table.py
+
+bench-gpu: $(DEV)  ## Run the benchmarks that need a CUDA device; without one they say so and end
+	@mkdir -p benchmarks/results
+	@set -e; for bench in $(sort $(wildcard benchmarks/gpu_*.py)); do \
+	  echo "== $$bench"; $(BIN)/python $$bench; \
+	done
 
 docs: $(DEV)  ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

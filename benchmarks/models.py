@@ -6,7 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 
-def llama_of_35_layers(hidden_size: int, vocab_size: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def llama_of_35_layers(
+    hidden_size: int, vocab_size: int, device: str = "cpu"
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """32 blocks, embedding, norm and head, 291 tensors; the MLP 3.5 times as wide as the rest; AdamW in fp32."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -17,9 +19,9 @@ def llama_of_35_layers(hidden_size: int, vocab_size: int) -> tuple[torch.nn.Modu
         num_attention_heads=8,
         num_key_value_heads=2,
     )
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    tokens = torch.randint(0, vocab_size, (1, 8))
+    tokens = torch.randint(0, vocab_size, (1, 8), device=device)
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
     return model, optimizer
