@@ -58,6 +58,7 @@ LEVELS = {
     "load": 5,
     "merge_sources": 5,
     "merging": 5,
+    "open_runs": 5,
     "resume": 5,
     "save_history": 5,
     "targets": 5,

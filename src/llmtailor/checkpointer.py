@@ -10,12 +10,9 @@ call: it warns, the second failure in a row raises, and ``close`` raises if noth
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
 import logging
-import os
-import sys
 import time
 import warnings
 import weakref
@@ -26,7 +23,6 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 import torch
 from safetensors import SafetensorError
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from .checkpoint import Checkpoint
 from .errors import (
@@ -42,6 +38,7 @@ from .lineage import Lineage
 from .live_state import LiveReader
 from .manifest import INDEX_NAME
 from .model_state import ModelState, is_adapted
+from .open_runs import OpenRun
 from .resume import Fill, find_resumable, load_resumable
 from .save_plan import Contents, SavePlan, encode_index, plan_save
 from .storage import LocalFileSystem, StagedCheckpoint
@@ -53,8 +50,6 @@ __all__ = ["Checkpointer", "EngineOptions", "check_options", "engine_options"]
 
 logger = logging.getLogger(__name__)
 
-# Open in this process; closed at its end at the latest.
-_OPEN: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 _SOFT = (WriteError, FormatError, NotFoundError)
 """What stops a save and not the training: faults of storage, and state that was changed while it was captured."""
 
@@ -122,10 +117,6 @@ class Checkpointer:
         self._is_prepared = False
         self._directory = Path(directory)
         self._newest: SaveHandle | None = None
-        self._uncollected: list[SaveHandle] = []
-        """Never changed in place: another thread may be reading it."""
-        self._failures: list[TailorError] = []
-        """Of the saves since the last one that worked."""
         self.num_skipped = 0
         """Saves that were left out because another was in flight."""
         self._tiers = Tiers(
@@ -143,10 +134,10 @@ class Checkpointer:
             raise
         self._lineage = Lineage(self._tiers)
         hook = register_optimizer_step_pre_hook(_hold_back(weakref.ref(self._engine)))
+        self._open_run = OpenRun(self._directory, hook, self._engine, self._tiers)
         # Whoever forgets to close it still gets the saves in flight, and the run's lock goes with it.
-        self._finalizer = weakref.finalize(self, _end, hook, self._engine, self._tiers)
+        self._finalizer = weakref.finalize(self, self._open_run.forget)
         self._finalizer.atexit = False
-        _OPEN.add(self)
 
     @property
     def directory(self) -> Path:
@@ -244,13 +235,13 @@ class Checkpointer:
             handle.fail(err)
             raise
         self._newest = handle
-        self._uncollected = [*self._uncollected, handle]
+        self._open_run.uncollected = [*self._open_run.uncollected, handle]
         if self._is_blocking:
             handle.wait_until_captured()
         self._engine.note_return(handle)
         self.collect()
-        if len(self._failures) > 1:
-            raise self._failures[-1] from self._failures[-2]
+        if len(self._open_run.failures) > 1:
+            raise self._open_run.failures[-1] from self._open_run.failures[-2]
         return handle
 
     def _check_step(self, step: int) -> None:
@@ -340,19 +331,19 @@ class Checkpointer:
         """
         while self._tiers.notices:
             warnings.warn(self._tiers.notices.popleft(), stacklevel=3)
-        ended = [handle for handle in self._uncollected if handle.has_ended]
-        self._uncollected = [handle for handle in self._uncollected if handle not in ended]
+        ended = [handle for handle in self._open_run.uncollected if handle.has_ended]
+        self._open_run.uncollected = [handle for handle in self._open_run.uncollected if handle not in ended]
         for handle in ended:
             self._note_outcome(handle)
 
     def _note_outcome(self, handle: SaveHandle) -> None:
         error = handle.failure
         if error is None:
-            self._failures.clear()
+            self._open_run.failures.clear()
             return
         if not isinstance(error, _SOFT):
             raise error
-        self._failures.append(error)
+        self._open_run.failures.append(error)
         logger.error("checkpoint-%d was not saved: %s", handle.step, error)
         if error.kind == "changed-during-capture":
             self._is_blocking = True
@@ -381,7 +372,7 @@ class Checkpointer:
 
     def unfinished(self) -> list[SaveHandle]:
         """Saves whose ``result`` would wait; any thread."""
-        return [handle for handle in self._uncollected if not handle.has_ended]
+        return [handle for handle in self._open_run.uncollected if not handle.has_ended]
 
     def close(self) -> None:
         """Finish the saves in flight and let go of the run.
@@ -389,11 +380,12 @@ class Checkpointer:
         Raises:
             WriteError: The last save failed, and nothing was saved since.
         """
-        self._finalizer()
+        self._open_run.end()
+        self._finalizer.detach()
         try:
             self.collect()
         finally:
-            failures, self._failures = self._failures, []
+            failures, self._open_run.failures = self._open_run.failures, []
         if failures:
             raise failures[-1]
 
@@ -438,32 +430,6 @@ def _hold_back(engine: weakref.ref[Engine]) -> Callable[..., None]:
             live.wait_until_captured()
 
     return wait
-
-
-def _end(hook: RemovableHandle, engine: Engine, tiers: Tiers) -> None:
-    hook.remove()
-    try:
-        engine.close()
-    finally:
-        tiers.close()
-
-
-@atexit.register
-def _close_open_runs() -> None:
-    """Finish what nobody closed; a failed save that nobody was told of becomes the exit status."""
-    status = 0
-    for checkpointer in list(_OPEN):
-        try:
-            checkpointer.close()
-        except TailorError as err:
-            sys.stderr.write(f"llmtailor: the last save of {checkpointer.directory} failed: {err}\n")
-            status = err.exit_code
-    if status:
-        # An exception would be printed here, and the exit status stay 0.
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 @contextlib.contextmanager

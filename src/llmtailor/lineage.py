@@ -137,6 +137,8 @@ class Lineage:
         def note_published(path: Path, manifest: Manifest, digest: str) -> None:
             with self._mutex:
                 self._parent = Checkpoint(path=path, manifest=manifest, digest=digest)
+                # It refers to the live state, which may be given up before the next save looks here.
+                self._planned = [each for each in self._planned if each[0] is not plan]
 
         return SaveJob(
             step=plan.step,

@@ -178,15 +178,16 @@ class StateReader:
     def read(self, names: ParameterNames) -> dict[str, ParameterState]:
         """As ``read_state``; the same objects where nothing changed."""
         _refuse_state_of_no_parameter(self.optimizer)
+        before, self._known = self._known, {}
         result = {}
         for group in named_groups(self.optimizer, names):
             for fqn, parameter in group:
                 # .get: the state is a defaultdict, and reading must not add to it.
                 values = self.optimizer.state.get(parameter, {})
-                known = self._known.get(parameter)
+                known = before.get(parameter)
                 if known is None or not _is_same(values, *known):
                     known = dict(values), _flatten(values, fqn)
-                    self._known[parameter] = known
+                self._known[parameter] = known
                 result[fqn] = known[1]
         return result
 

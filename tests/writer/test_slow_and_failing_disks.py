@@ -212,7 +212,7 @@ def fault_points(directory: Path, names: set[str]) -> list[int]:
 
 
 @pytest.mark.usefixtures("_quiet")
-@pytest.mark.parametrize("moment", ["before", "half"])
+@pytest.mark.parametrize("moment", ["before", pytest.param("half", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path_of_bytes", ["page cache", "direct"])
 def test_a_fault_costs_one_save_and_no_training(
     fast_directory: Path, monkeypatch: pytest.MonkeyPatch, path_of_bytes: str, moment: Literal["before", "half"]

@@ -15,8 +15,8 @@ import os
 import stat
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -326,28 +326,51 @@ class StagedCheckpoint:
 
     def _fsync_files(self) -> None:
         """fsync and close all finished files, each once, whatever happens to the others."""
+        waiting = deque(self._open_files)
+        faults: list[BaseException] = []
+
+        def work() -> None:
+            with contextlib.suppress(IndexError):  # nothing is left
+                while True:
+                    descriptor = waiting.popleft()
+                    try:
+                        self._fsync_and_close(descriptor)
+                    except BaseException as err:
+                        faults.append(err)
+
         with translate_os_errors("make a checkpoint durable", self.path):
-            try:
-                with ThreadPoolExecutor(_FSYNC_THREADS) as pool:
-                    outcomes = pool.map(self._fsync_and_close, list(self._open_files))
-                    faults = [fault for fault in outcomes if fault is not None]
-            except RuntimeError as err:  # threading says so of a limit on processes; ``abandon`` closes what is left
-                raise OSError(errno.EAGAIN, "no thread can be started") from err
+            _run_in_threads(work, min(_FSYNC_THREADS, len(waiting)))
             if faults:
                 raise faults[0]
 
-    def _fsync_and_close(self, descriptor: int) -> OSError | None:
+    def _fsync_and_close(self, descriptor: int) -> None:
         with self._mutex:
             if descriptor not in self._open_files:
-                return None  # another batch has it
+                return  # another batch has it
             self._open_files.remove(descriptor)
-        fault: OSError | None = None
-        for call in (self._filesystem.fsync, self._filesystem.close):
-            try:
-                call(descriptor)
-            except OSError as err:
-                fault = fault or err
-        return fault
+        try:
+            self._filesystem.fsync(descriptor)
+        finally:
+            self._filesystem.close(descriptor)
+
+
+def _run_in_threads(work: Callable[[], None], count: int) -> None:
+    """Run something in several threads, until all are done.
+
+    By hand, for an executor takes no work once the interpreter is ending, and that is when the last save of a script
+    which closes nothing is written. Source: CPython 3.11, Lib/concurrent/futures/thread.py (_python_exit).
+    """
+    threads = [threading.Thread(target=work, name="llmtailor-fsync", daemon=True) for _ in range(count)]
+    started = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError as err:  # threading says so of a limit on processes; ``abandon`` closes what is left
+        raise OSError(errno.EAGAIN, "no thread can be started") from err
+    finally:
+        for thread in started:
+            thread.join()
 
 
 def _raise(err: OSError) -> NoReturn:

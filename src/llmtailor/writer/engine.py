@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import WriteError
 from ..manifest import encode_manifest
@@ -106,8 +107,11 @@ class Engine:
     def _start_threads(self) -> None:
         if self._threads:
             return
-        loops = [("capture", self._capture_loop), ("commit", self._commit_loop)]
-        loops += [(f"write-{number}", self._write_loop) for number in range(_NUM_WRITERS)]
+        loops: list[tuple[str, Callable[[], None]]] = [
+            ("capture", lambda: _work_off(self._captures, lambda task: task())),
+            ("commit", lambda: _work_off(self._commits, self._end)),
+        ]
+        loops += [(f"write-{n}", lambda: _work_off(self._pieces, self._write)) for n in range(_NUM_WRITERS)]
         try:
             for name, loop in loops:
                 thread = threading.Thread(target=loop, name=f"llmtailor-{name}", daemon=True)
@@ -168,10 +172,6 @@ class Engine:
 
     # ---- Capture ----
 
-    def _capture_loop(self) -> None:
-        while (task := self._captures.get()) is not None:
-            task()
-
     def _prepare_pool(self, nbytes: int, is_pinned: bool) -> None:
         try:
             self._pool.reserve(nbytes, is_pinned=is_pinned)
@@ -221,41 +221,42 @@ class Engine:
 
     # ---- Write ----
 
-    def _write_loop(self) -> None:
-        while (each := self._pieces.get()) is not None:
-            saving = each.file.saving
-            try:
-                for event in each.events:
-                    event.synchronize()
-                if not saving.has_failed:
-                    each.file.write(each.piece, each.offset, each.nbytes)
-            except BaseException as err:
-                saving.fail(err)
-            finally:
-                self._pool.give_back(each.piece)
-                saving.end_piece()
+    def _write(self, each: FilePiece) -> None:
+        saving = each.file.saving
+        try:
+            for event in each.events:
+                event.synchronize()
+            if not saving.has_failed:
+                each.file.write(each.piece, each.offset, each.nbytes)
+        except BaseException as err:
+            saving.fail(err)
+        finally:
+            self._pool.give_back(each.piece)
+            saving.end_piece()
 
     # ---- Commit ----
 
-    def _commit_loop(self) -> None:
-        while (saving := self._commits.get()) is not None:
-            path = None
-            try:
-                saving.wait_until_written()
-                saving.raise_if_failed()
-                path = self._commit(saving)
-            except BaseException as err:
-                self._end_failed(saving, err)
-            with self._changed:
-                self._in_flight.remove(saving)
-                self._is_tidying = True
-                self._changed.notify_all()
-            # Nobody waits for what comes now: removing gigabytes takes a disk its time.
+    def _end(self, saving: Saving) -> None:
+        path = None
+        try:
+            saving.wait_until_written()
+            saving.raise_if_failed()
+            path = self._commit(saving)
+        except BaseException as err:
+            self._end_failed(saving, err)
+        with self._changed:
+            self._in_flight.remove(saving)
+            self._is_tidying = True
+            self._changed.notify_all()
+        # Nobody waits for what comes now: removing gigabytes takes a disk its time.
+        try:
             if path is not None:
                 saving.job.tidy_up(path)
-            with self._changed:
-                self._is_tidying = False
-                self._changed.notify_all()
+        except BaseException:
+            logger.exception("after checkpoint-%d was published", saving.job.step)
+        with self._changed:
+            self._is_tidying = False
+            self._changed.notify_all()
 
     def _commit(self, saving: Saving) -> Path:
         job, handle, staged = saving.job, saving.handle, saving.staged
@@ -279,3 +280,21 @@ class Engine:
         except BaseException:
             logger.exception("what checkpoint-%d left behind could not be removed", saving.job.step)
         saving.handle.fail(error)
+
+
+_Item = TypeVar("_Item")
+
+
+def _work_off(items: queue.SimpleQueue[_Item | None], work: Callable[[_Item], None]) -> None:
+    """A thread's life: until there is None in the queue."""
+    while _work_off_one(items, work):
+        pass
+
+
+def _work_off_one(items: queue.SimpleQueue[_Item | None], work: Callable[[_Item], None]) -> bool:
+    # A function of its own, so that nothing of one save, nor the state it refers to, is held on to until the next.
+    item = items.get()
+    if item is None:
+        return False
+    work(item)
+    return True
