@@ -57,7 +57,7 @@ def written_by_two(strategy: str, model: torch.nn.Module, optimizer: torch.optim
         checkpointer = Checkpointer(directory, strategy=strategy)
         # The first save of any run is full; the two after it are what the strategy is about.
         handles = [checkpointer.save(step, model, [optimizer], lambda directory: None) for step in (1, 2, 3)]
-        checkpointer.close()
+        checkpointer.close()  # waits for them
         return sum(handle.stats.written_nbytes for handle in handles[1:])
 
 
@@ -72,6 +72,7 @@ def publish_secs(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tu
             filesystem.intervals.clear()
             start = time.perf_counter()
             handle = checkpointer.save(step, model, [optimizer], lambda directory: None)
+            handle.result()
             secs = time.perf_counter() - start
             assert handle.stats.num_layers == 35
             assert handle.stats.num_layers_written == 0

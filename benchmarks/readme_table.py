@@ -10,6 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 _TABLE = re.compile(r"\| on \d+ cores.*?(?=\n\n)", re.DOTALL)
 _MERGE_TABLE = re.compile(r"\| merge of two checkpoints.*?(?=\n\n)", re.DOTALL)
+_SAVE_TABLE = re.compile(r"\| a save of a Llama.*?(?=\n\n)", re.DOTALL)
 _FORMATS = {
     "tailored": "LLMTailor",
     "hf": "HF Trainer",
@@ -64,6 +65,39 @@ def make_merge_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def make_save_table() -> str:
+    """The table of saves, as it has to stand in the README."""
+    saved, stalled = _read("save")["rows"], _read("stall")["rows"]
+    returned, held, training = saved["memory_returned"], saved["memory_held"], stalled["training"]
+
+    def durable(rows: dict[str, Any]) -> list[str]:
+        seconds = {
+            name: f"{rows[f'{name}_secs_median']:.1f} s" for name in ("llmtailor", "torch_save", "dcp", "safetensors")
+        }
+        return [
+            seconds["llmtailor"],
+            seconds["torch_save"],
+            f"{seconds['dcp']} (not async)",
+            "",
+            seconds["safetensors"],
+        ]
+
+    def beside(what: str, factor: float, unit: str, digits: int) -> list[str]:
+        methods = ("llmtailor", "torch_save", "dcp_thread", "dcp_process")
+        return [f"{training[f'{name}_{what}_secs_median'] * factor:.{digits}f} {unit}" for name in methods] + [""]
+
+    size, state = f"{saved['bytes'] / 1e9:.1f} GB", f"{stalled['bytes'] / 1e9:.1f} GB"
+    rows = [
+        ("a save of a Llama with AdamW", "LLMTailor", "`torch.save`", "DCP async, thread", "process", "safetensors"),
+        ("---", "---", "---", "---", "---", "---"),
+        (f"durable, {size}, free memory given back in between", *durable(returned)),
+        (f"durable, {size}, free memory held ready", *durable(held)),
+        (f"training stands still, {state}", *beside("stall", 1e3, "ms", 0)),
+        (f"training time lost, {state}", *beside("lost", 1, "s", 1)),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+
+
 def _read(question: str) -> dict[str, Any]:
     text = (ROOT / "benchmarks" / "results" / f"{question}.json").read_text(encoding="utf-8")
     record: dict[str, Any] = json.loads(text)
@@ -75,7 +109,9 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     assert _TABLE.search(text), "the README has no table to replace"
     assert _MERGE_TABLE.search(text), "the README has no table of merges to replace"
-    readme.write_text(_MERGE_TABLE.sub(make_merge_table(), _TABLE.sub(make_table(), text)), encoding="utf-8")
+    assert _SAVE_TABLE.search(text), "the README has no table of saves to replace"
+    text = _SAVE_TABLE.sub(make_save_table(), _MERGE_TABLE.sub(make_merge_table(), _TABLE.sub(make_table(), text)))
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

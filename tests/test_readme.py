@@ -16,4 +16,5 @@ def test_readme_table_is_made_from_the_results() -> None:
     spec.loader.exec_module(module)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert module.make_table() in text, "run benchmarks/readme_table.py"
+    assert module.make_save_table() in text, "run benchmarks/readme_table.py"
     assert module.make_merge_table() in text, "run benchmarks/readme_table.py"

@@ -119,20 +119,26 @@ def forgotten_in_a_cycle(directory: Path) -> None:
 def forgotten_and_found_by_a_thread_of_the_engine(directory: Path) -> None:
     """The collector runs in whatever thread allocates; it must not wait for itself."""
 
-    class CollectingDisk(LocalFileSystem):
+    class CollectingDisk(Disk):
+        num_collections = 3
+
         def write_at(self, descriptor: int, buffer: memoryview, offset: int) -> None:
-            time.sleep(0.05)
-            gc.collect()
+            if is_forgotten.is_set() and self.num_collections:
+                self.num_collections -= 1
+                gc.collect()
             super().write_at(descriptor, buffer, offset)
 
     gc.disable()
-    training = Training(directory=directory / "run", options={"filesystem": CollectingDisk()})
+    is_forgotten = threading.Event()
+    training = Training(directory=directory / "run", options={"filesystem": CollectingDisk(secs=0)})
     training.train()
     training.save().result()
     training.train()
+    training.checkpointer._tiers.run._filesystem.secs = 0.02  # type: ignore[attr-defined]
     training.save()
     training.itself = training  # type: ignore[attr-defined]
     del training
+    is_forgotten.set()
     end = time.monotonic() + 20
     while time.monotonic() < end:
         try:

@@ -24,6 +24,12 @@ def change_in_place(training: Training) -> None:
         training.model.layers[2].mlp.weight.mul_(0.999)
 
 
+def change_one_element(training: Training) -> None:
+    """Anywhere: nobody looks at every byte, but torch counts."""
+    with torch.no_grad():
+        training.model.layers[1].back.weight[17, 31] = 0.5
+
+
 def clip(training: Training) -> None:
     with torch.no_grad():
         for parameter in training.model.parameters():
@@ -94,6 +100,7 @@ def exchange_the_memory(training: Training) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Training], None], str]] = {
     "in place": (change_in_place, "layers.2.mlp.weight"),
+    "one element": (change_one_element, "layers.1.back.weight"),
     "clipping": (clip, "embed_tokens.weight"),
     "load_state_dict": (load_model, "embed_tokens.weight"),
     "through .data": (write_through_data, "layers.0.attn.weight"),
