@@ -228,7 +228,11 @@ def test_error_after_the_deed_at_every_operation(
     assert num_faults > 300
 
 
-@on_both
+@pytest.mark.parametrize(
+    ("path_of_bytes", "writers"),
+    [pytest.param(*ONE, id="one"), pytest.param(*TWO, id="two", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_crash_at_every_operation(fast_directory: Path, path_of_bytes: str, writers: str) -> None:
     num_faults, hit = run_at_every_operation(fast_directory, errno=None)
     assert num_faults > 300

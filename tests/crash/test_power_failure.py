@@ -267,7 +267,16 @@ def path_of_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 on_both = pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
 
 
-@on_both
+@pytest.mark.parametrize(
+    ("path_of_bytes", "is_busy"),
+    [
+        pytest.param("page cache", True, id="page cache-busy"),
+        pytest.param("direct", False, id="direct-idle"),
+        pytest.param("page cache", False, id="page cache-idle", marks=pytest.mark.slow),
+        pytest.param("direct", True, id="direct-busy", marks=pytest.mark.slow),
+    ],
+    indirect=["path_of_bytes"],
+)
 def test_power_failure_loses_nothing_acknowledged(disk: Disk, path_of_bytes: str, is_busy: bool) -> None:
     total = len(operations_of_a_life())
     assert total > 300
