@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from faults import flip_bit, overwrite
+from llmtailor import Run
 from llmtailor.checkpoint import Checkpoint, open_checkpoint
 from llmtailor.checkpointer import Checkpointer
 from llmtailor.errors import FormatError, IncompatibleError, IntegrityError, NotFoundError
@@ -312,3 +313,16 @@ def test_file_that_is_gone_when_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
         plan.fill()
     assert "not to be used" in str(caught.value)
+
+
+def test_memory_of_what_was_loaded_can_still_be_resized(tmp_path: Path) -> None:
+    """As offloading does; torch refuses it for a tensor that was ever given to numpy by ``numpy()``."""
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(64)).sum().backward()
+    optimizer.step()
+    with Run(tmp_path, model, optimizer) as run:
+        run.save(1).result()
+        assert run.resume() == 1
+    for tensor in (model.weight.data, optimizer.state[model.weight]["exp_avg"]):
+        tensor.untyped_storage().resize_(0)

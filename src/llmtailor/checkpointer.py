@@ -117,6 +117,8 @@ class Checkpointer:
         self._is_prepared = False
         self._directory = Path(directory)
         self._newest: SaveHandle | None = None
+        self._num_failures_raised = 0
+        """Of those in a row: each is raised once."""
         self.num_skipped = 0
         """Saves that were left out because another was in flight."""
         self._tiers = Tiers(
@@ -240,7 +242,8 @@ class Checkpointer:
             handle.wait_until_captured()
         self._engine.note_return(handle)
         self.collect()
-        if len(self._open_run.failures) > 1:
+        if 1 < len(self._open_run.failures) != self._num_failures_raised:
+            self._num_failures_raised = len(self._open_run.failures)
             raise self._open_run.failures[-1] from self._open_run.failures[-2]
         return handle
 
@@ -340,6 +343,7 @@ class Checkpointer:
         error = handle.failure
         if error is None:
             self._open_run.failures.clear()
+            self._num_failures_raised = 0
             return
         if not isinstance(error, _SOFT):
             raise error

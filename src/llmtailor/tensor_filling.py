@@ -71,7 +71,8 @@ class _TensorFiller:
         else:
             # Not reshape: a dimension of size 1 may have any stride, and keeps it there.
             self._flat = self._tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-        self._host = self._flat.numpy() if self._flat.device.type == "cpu" else None
+        # Not by ``numpy()``: after that torch refuses to resize the tensor's memory, as offloading does.
+        self._host = np.from_dlpack(self._flat) if self._flat.device.type == "cpu" else None
 
     def put(self, offset: int, piece: memoryview) -> None:
         source = np.frombuffer(piece, dtype=np.uint8)
@@ -88,6 +89,6 @@ class _TensorFiller:
         if self._tensor.device.type == "cpu" and not self._is_flagged:
             integers = _INTEGERS[self._tensor.element_size()]
             gathered = self._flat.view(integers).reshape(self._tensor.shape)
-            np.copyto(self._tensor.view(integers).numpy(), gathered.numpy())
+            np.copyto(np.from_dlpack(self._tensor.view(integers)), gathered.numpy())
         else:
             self._tensor.copy_(self._flat.view(self._tensor.dtype).reshape(self._tensor.shape))
