@@ -33,6 +33,7 @@ LEVELS = {
     "tensor_filling": 1,
     "tensor_refs": 1,
     "catalog": 2,
+    "codecs": 2,
     "drift": 2,
     "file_plan": 2,
     "retention": 2,

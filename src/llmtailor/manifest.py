@@ -24,6 +24,8 @@ __all__ = [
     "FORMAT_VERSION",
     "INDEX_NAME",
     "MANIFEST_NAME",
+    "EncodingRecord",
+    "ErrorRecord",
     "FileRecord",
     "GroupRecord",
     "LayerRecord",
@@ -72,6 +74,7 @@ def _check_dtype(value: str) -> str:
 
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=rf"^{_DIGEST}$")]
 RelativePath = Annotated[str, Field(max_length=1024), AfterValidator(_check_path)]
 Name = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -125,6 +128,32 @@ class OptimizerRecord(_Record):
     groups: tuple[GroupRecord, ...]
 
 
+class ErrorRecord(_Record):
+    """How far the codes of a component of a layer are from what they stand for."""
+
+    l2: Share
+    """Relative L2 error."""
+    max: Share
+    """Largest error of an element; see the specification, section 7."""
+
+
+class EncodingRecord(_Record):
+    """Codes of a layer: its state at a step, where its own files do not hold that exactly."""
+
+    step: Count
+    """Step of the checkpoint that wrote the codes; they stand for the layer as it was then."""
+    save_index: Count
+    update_count: Count | None
+    rest: Name
+    """As the user would write it: ``q8``."""
+    base: Literal["exact", "rounded", "none"]
+    """What the weights file is to the codes: ``exact``, earlier weights that the codes are relative to; ``rounded``,
+    the coded step's weights, of which some are rounded to BF16; ``none``, the coded step's weights as they are."""
+    codes: FileRecord
+    errors: dict[Literal["weights", "first", "second"], ErrorRecord]
+    """By component; those that are exact are left out."""
+
+
 class LayerRecord(_Record):
     """A layer, its files and when they were written."""
 
@@ -133,21 +162,48 @@ class LayerRecord(_Record):
     stack: Name | None
     index: Count | None
     step: Count
-    """Step of the checkpoint that wrote the files."""
+    """Step of the checkpoint that wrote weights and optimizer file."""
     save_index: Count
     update_count: Count | None
     reason: Name
     drift: float | None
     weights: FileRecord
     optimizer: FileRecord | None
+    encoding: EncodingRecord | None = None
+    """Codes that hold a newer, or the whole, state; None if the files hold it."""
+
+    @property
+    def plain_files(self) -> tuple[FileRecord, ...]:
+        """Those that stock tools read."""
+        return (self.weights,) if self.optimizer is None else (self.weights, self.optimizer)
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
-        return (self.weights,) if self.optimizer is None else (self.weights, self.optimizer)
+        return self.plain_files if self.encoding is None else (*self.plain_files, self.encoding.codes)
 
     @property
     def nbytes(self) -> int:
         return sum(file.bytes for file in self.files)
+
+    @property
+    def state_step(self) -> int:
+        """The step whose state a resume finds."""
+        return self.step if self.encoding is None else self.encoding.step
+
+    @property
+    def state_update_count(self) -> int | None:
+        """Of that state."""
+        return self.update_count if self.encoding is None else self.encoding.update_count
+
+    @property
+    def has_exact_weights(self) -> bool:
+        """True if the weights file holds weights that training once had, bit for bit."""
+        return self.encoding is None or self.encoding.base != "rounded"
+
+    def written_nbytes(self, step: int) -> int:
+        """Bytes of the files that the save of a step wrote."""
+        own = sum(file.bytes for file in self.plain_files) if self.step == step else 0
+        return own + (self.encoding.codes.bytes if self.encoding is not None and self.encoding.step == step else 0)
 
 
 class Parent(_Record):
@@ -222,8 +278,13 @@ class Manifest(_Record):
 
     @property
     def is_consistent(self) -> bool:
-        """True if all layers were written at this checkpoint's step."""
-        return all(layer.step == self.step for layer in self.layers)
+        """True if all layers were written at this checkpoint's step, exactly: training passed through this state."""
+        return all(layer.step == self.step and layer.encoding is None for layer in self.layers)
+
+    @property
+    def is_current(self) -> bool:
+        """True if every layer's state is of this checkpoint's step, be it exact or in codes."""
+        return all(layer.state_step == self.step for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
@@ -232,8 +293,8 @@ class Manifest(_Record):
 
     @property
     def written_nbytes(self) -> int:
-        """Bytes that this save wrote: layers of its own step and small files."""
-        own = sum(layer.nbytes for layer in self.layers if layer.step == self.step)
+        """Bytes that this save wrote: layers and codes of its own step, and small files."""
+        own = sum(layer.written_nbytes(self.step) for layer in self.layers)
         return own + sum(file.bytes for file in self.files)
 
 
@@ -270,8 +331,21 @@ def _layer_faults(manifest: Manifest) -> Iterator[str]:
             yield f"layer {layer.name!r} must have a stack and an index if it is a block, and only then"
         if manifest.contents == "weights" and layer.optimizer is not None:
             yield f"layer {layer.name!r} has an optimizer file in a checkpoint of weights"
+        if layer.encoding is not None:
+            yield from _encoding_faults(manifest, layer, layer.encoding)
     if manifest.contents == "weights" and manifest.optimizers:
         yield "a checkpoint of weights has an optimizer"
+
+
+def _encoding_faults(manifest: Manifest, layer: LayerRecord, encoding: EncodingRecord) -> Iterator[str]:
+    if not layer.step <= encoding.step <= manifest.step or not layer.save_index <= encoding.save_index:
+        yield f"codes of layer {layer.name!r} are of step {encoding.step}, outside of {layer.step} to {manifest.step}"
+    if encoding.save_index > manifest.save_index:
+        yield f"codes of layer {layer.name!r} are of save {encoding.save_index}, after the checkpoint's"
+    if encoding.base != "exact" and (layer.step != encoding.step or layer.optimizer is not None):
+        yield f"codes of layer {layer.name!r} need weights of their own step, and no optimizer file beside them"
+    if manifest.contents == "weights" and encoding.update_count is not None:
+        yield f"codes of layer {layer.name!r} count updates in a checkpoint of weights"
 
 
 def _group_faults(manifest: Manifest) -> Iterator[str]:
@@ -289,6 +363,9 @@ def encode_manifest(manifest: Manifest) -> tuple[bytes, str]:
     One line per tensor, layer, group and file, so that people can read it and ``diff`` it.
     """
     fields = json.loads(manifest.model_dump_json(by_alias=True))
+    for layer in fields["layers"]:
+        if layer["encoding"] is None:  # as in checkpoints of those who know of none
+            del layer["encoding"]
     body = "{\n" + ",\n".join(f"{json.dumps(key)}: {_encode_field(value)}" for key, value in fields.items())
     encoded = body.encode("ascii")
     digest = digest_of(encoded)

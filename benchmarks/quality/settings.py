@@ -1,0 +1,110 @@
+"""What is measured: the model, the two regimes, and all that has to be the same for a kept result to count."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """A Llama with an untied head, in fp32."""
+
+    vocabulary: int = 2048
+    hidden: int = 192
+    layers: int = 10
+    intermediate: int = 512
+    heads: int = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regime:
+    """A training with AdamW: linear warmup, then a cosine."""
+
+    name: str
+    title: str
+    corpus: str
+    """``prose`` or ``code``."""
+    from_base: bool
+    """Continue the base model with a new optimizer, instead of starting from random weights."""
+    steps: int
+    failure_step: int
+    """Where the runs with one failure are restored; every configuration saves there."""
+    warmup: int
+    lr: float
+    final_lr_share: float
+    betas: tuple[float, float]
+    weight_decay: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that is measured is a function of these, of the texts and of torch's version."""
+
+    model: ModelSize = ModelSize()
+    regimes: tuple[Regime, ...]
+    base: Regime
+    """The one longer pre-training that regimes continue; never fails."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    sequence_length: int = 64
+    batch_size: int = 4
+    validation_sequences: int = 64
+    corpus_chars: int = 6_000_000
+    """Of each text, at most."""
+    interval: int = 20
+    """Steps between two saves of ``full``, and of all that is compared at equal interval."""
+    failure_steps: tuple[int, ...] = (40, 100, 120, 160, 180)
+    """Of the runs with five failures; an odd number of saves apart, so that each half of ``parity`` is stale in turn."""
+    last_losses: int = 20
+    """Steps over which the training losses at the end are averaged."""
+
+
+PRETRAINING = Regime(
+    name="P",
+    title="pre-training from scratch, English",
+    corpus="prose",
+    from_base=False,
+    steps=210,
+    failure_step=160,
+    warmup=20,
+    lr=2e-3,
+    final_lr_share=0.1,
+    betas=(0.9, 0.95),
+    weight_decay=0.1,
+)
+FINE_TUNING = Regime(
+    name="F",
+    title="fine-tuning of the base model, on code",
+    corpus="code",
+    from_base=True,
+    steps=210,
+    failure_step=160,
+    warmup=15,
+    lr=2e-4,
+    final_lr_share=0.0,
+    betas=(0.9, 0.999),
+    weight_decay=0.0,
+)
+BASE = Regime(
+    name="base",
+    title="the base model, English",
+    corpus="prose",
+    from_base=False,
+    steps=900,
+    failure_step=900,
+    warmup=30,
+    lr=2e-3,
+    final_lr_share=0.1,
+    betas=(0.9, 0.95),
+    weight_decay=0.1,
+)
+FULL = Settings(regimes=(PRETRAINING, FINE_TUNING), base=BASE)
+
+
+def cache_directory() -> Path:
+    """Where tokens and the base model are kept, outside the repository."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "llmtailor" / "quality"

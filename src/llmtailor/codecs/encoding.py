@@ -1,0 +1,124 @@
+"""Numbers into codes: torch, on the device where the numbers are, and how far the codes are from them.
+
+This is the reference. ``kernels`` fuses the same functions; a fused one may round a tie the other way, so that a code
+differs by one, and the decoded number is as near.
+
+A strip is a row of whole blocks (the last one filled up with zeros).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from .stored import BLOCK_NUMEL, FRAME_NUMEL
+
+if TYPE_CHECKING:
+    import zstandard
+
+__all__ = ["KERNELS", "Encoded", "Kernel", "pack_frame"]
+
+_HALF = BLOCK_NUMEL // 2
+
+Encoded: TypeAlias = tuple[torch.Tensor, ...]
+"""The arrays of a strip in the order of ``StoredCodes.arrays``, flat, then its measures: F32 [5], see ``_measure``."""
+Kernel: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], Encoded]
+"""Values (flat, whole blocks; F32, BF16 or F16) and what they are relative to (flat, as many), if anything."""
+
+
+def _upper(values: torch.Tensor) -> torch.Tensor:
+    """Numbers >= 0 as the bits of the nearest BF16 that is not smaller; int32."""
+    return (values.view(torch.int32) + 0xFFFF) >> 16
+
+
+def _float_of(bits: torch.Tensor) -> torch.Tensor:
+    return bits.view(torch.float32)
+
+
+def _measure(values: torch.Tensor, errors: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Squared errors and values summed, what was measured as the largest error, the largest magnitude, and the factor
+    (a power of two) that errors and values were brought near 1 by before they were squared: sums neither overflow nor
+    vanish."""
+    magnitude = values.abs().amax()
+    exponent = (magnitude.view(torch.int32) >> 23).clamp(1, 253)
+    factor = _float_of((254 - exponent) << 23)
+    near = errors * factor
+    norm = values * factor
+    return torch.stack([(near * near).sum(), (norm * norm).sum(), largest, magnitude, factor])
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """Two 4-bit codes in a byte: of each block, the first half low, the second half high."""
+    return (codes[:, :_HALF] | (codes[:, _HALF:] << 4)).to(torch.uint8)
+
+
+def _linear(values: torch.Tensor, base: torch.Tensor | None, levels: int) -> Encoded:
+    values = values.float()
+    blocks = (values if base is None else values - base).view(-1, BLOCK_NUMEL)
+    scales = _upper(blocks.abs().amax(1) / levels)
+    steps = _float_of(scales << 16)[:, None]
+    codes = torch.round(blocks / torch.where(steps > 0, steps, 1.0))
+    decoded = (codes * steps).view(-1)
+    errors = (decoded if base is None else decoded + base) - values
+    stored = codes.to(torch.int8) if levels > 7 else _pack(codes.to(torch.int32) + 8)
+    return stored.view(-1), scales.to(torch.int16), _measure(values, errors, errors.abs().amax())
+
+
+def _logarithmic(values: torch.Tensor, levels: int, shift: int) -> Encoded:
+    """On the bits of an F32, which are nearly the logarithm of a number >= 0. Code 0 is 0, and nothing else is."""
+    blocks = values.float().view(-1, BLOCK_NUMEL)
+    # Reductions of floats are vectorized where those of integers are not; numbers >= 0 have the order of their bits.
+    lows = torch.where(blocks == 0, 1e38, blocks).amin(1).view(torch.int32) >> 16
+    span = (blocks.amax(1).view(torch.int32) - (lows << 16)).clamp_min(0)
+    unit = (levels - 1) << shift
+    steps = (span // unit) + (span % unit > 0).to(torch.int32)
+    low, step = (lows << 16)[:, None], (steps << shift)[:, None]
+    places = torch.round((blocks.view(torch.int32) - low).float() * (1.0 / step.clamp_min(1).float()))
+    decoded = torch.where(blocks == 0, 0.0, _float_of(low + places.to(torch.int32) * step))
+    codes = torch.where(blocks == 0, 0.0, places + 1)
+    # No element is further off than half of the widest step; so many units in the last place of an F32.
+    largest = (steps.amax() << (shift - 1)).float()
+    measures = _measure(blocks, decoded - blocks, torch.where(blocks.amin() < 0, torch.nan, largest))
+    stored = codes.to(torch.uint8) if levels > 15 else _pack(codes.to(torch.int32))
+    return stored.view(-1), lows.to(torch.int16), steps.to(torch.int16), measures
+
+
+def _tail(values: torch.Tensor, base: torch.Tensor | None, levels: int, shift: int) -> Encoded:
+    """What BF16 leaves of an F32, in its last bits; the values must be near ``base``, their BF16 rounding."""
+    assert base is not None
+    rounded = base.float().view(torch.int32)
+    rest = (values.view(torch.int32) - rounded).float()
+    codes = torch.floor(rest * (1.0 / (1 << shift)) + 0.5).clamp(-levels - 1, levels).to(torch.int32)
+    errors = _float_of(rounded + codes * (1 << shift)) - values
+    stored = codes.to(torch.int8) if levels > 7 else _pack((codes + 8).view(-1, BLOCK_NUMEL))
+    return stored.view(-1), _measure(values, errors, errors.abs().amax())
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "int8": lambda values, base: _linear(values, None, 127),
+    "int4": lambda values, base: _linear(values, None, 7),
+    "delta8": lambda values, base: _linear(values, base, 127),
+    "delta4": lambda values, base: _linear(values, base, 7),
+    "log8": lambda values, base: _logarithmic(values, 255, 8),
+    "log4": lambda values, base: _logarithmic(values, 15, 12),
+    "tail8": lambda values, base: _tail(values, base, 127, 8),
+    "tail4": lambda values, base: _tail(values, base, 7, 12),
+}
+"""By codec; of values that are finite and below 2^120. A negative value in ``log`` makes a measure that is NaN."""
+
+
+def pack_frame(values: torch.Tensor, base: torch.Tensor, compressor: zstandard.ZstdCompressor) -> bytes:
+    """One frame of ``xor`` codes: what differs from a base, bytes of one significance together, compressed if it pays.
+
+    Args:
+        values: 16-bit elements in host memory, at most ``FRAME_NUMEL``.
+        base: As many, of the same type.
+        compressor: Used again for every frame.
+    """
+    assert values.numel() <= FRAME_NUMEL
+    changed: Any = (values.view(torch.int16) ^ base.view(torch.int16)).view(torch.uint8)
+    planes = bytes(changed.view(-1, 2).t().contiguous().numpy())
+    packed: bytes = compressor.compress(planes)
+    return packed if len(packed) < len(planes) else planes

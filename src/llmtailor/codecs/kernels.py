@@ -1,0 +1,97 @@
+"""The functions of ``encoding``, fused where that works: one pass over memory instead of a dozen.
+
+``torch.compile`` makes C++ of them for a CPU and Triton for a GPU. It takes a C++ compiler and half a minute the first
+time on a machine (seconds later: inductor keeps what it compiled), so small states are encoded by the reference. Which
+of the two a run uses is decided once, when it starts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import torch
+
+from .encoding import KERNELS, Kernel
+from .stored import BLOCK_NUMEL
+
+__all__ = ["KernelKey", "Kernels"]
+
+logger = logging.getLogger(__name__)
+
+KernelKey: TypeAlias = tuple[str, torch.dtype, torch.device]
+"""Codec, element type and device of the values."""
+
+# Below this the reference is done before a compiler would be.
+_MIN_COMPILED_NUMEL = 2**24
+# A strip and what is made of it stay in the second-level cache; on a GPU launches must not count.
+_HOST_STRIP_NUMEL = 2**18
+_DEVICE_STRIP_NUMEL = 2**22
+# torch does so much on the calling thread: a second team of threads beside the one that trains would slow both down.
+# Source: torch 2.13, aten/src/ATen/TensorIterator.h (GRAIN_SIZE).
+_REFERENCE_STRIP_NUMEL = 2**15
+assert not _REFERENCE_STRIP_NUMEL % BLOCK_NUMEL
+
+
+class Kernels:
+    """The kernels of one run. ``compile`` is called by the training thread, the rest by any one thread."""
+
+    def __init__(self) -> None:
+        self._fused: dict[KernelKey, Kernel] = {}
+        self._is_decided = False
+
+    def compile(self, keys: Iterable[KernelKey], numel: int) -> None:
+        """Decide how to encode; does something on the first call alone.
+
+        Args:
+            keys: Kernels that will be needed.
+            numel: Elements that a save will encode.
+        """
+        if self._is_decided:
+            return
+        self._is_decided = True
+        if numel < _MIN_COMPILED_NUMEL:
+            return
+        try:
+            self._fused = {key: _compile(key) for key in sorted(set(keys), key=str)}
+        except Exception as err:  # no compiler, or one that fails: torch raises whatever it likes
+            logger.warning("codes are made without torch.compile, which is slower: %s", str(err).partition("\n")[0])
+
+    @property
+    def are_fused(self) -> bool:
+        return bool(self._fused)
+
+    def strip_numel(self, device: torch.device) -> int:
+        """How many elements to encode at a time; whole blocks."""
+        if device.type == "cpu" and not self._fused:
+            return _REFERENCE_STRIP_NUMEL
+        return _fused_numel(device)
+
+    def get(self, codec: str, values: torch.Tensor) -> Kernel:
+        """The kernel for a strip; one that is not as long as most takes the reference."""
+        is_whole = values.numel() == _fused_numel(values.device)
+        fused = self._fused.get((codec, values.dtype, values.device)) if is_whole else None
+        return KERNELS[codec] if fused is None else fused
+
+
+def _fused_numel(device: torch.device) -> int:
+    return _HOST_STRIP_NUMEL if device.type == "cpu" else _DEVICE_STRIP_NUMEL
+
+
+def _compile(key: KernelKey) -> Kernel:
+    """A fused kernel, and its first call."""
+    codec, dtype, device = key
+    # One thread: the others are the training's.
+    options: dict[str, Any] | None = {"cpp.threads": 1} if device.type == "cpu" else None
+    fused: Kernel = torch.compile(KERNELS[codec], fullgraph=True, dynamic=False, options=options)
+    values = torch.ones(_fused_numel(device), dtype=dtype, device=device)
+    with torch.no_grad():
+        fused(values, _base_like(codec, values))
+    return fused
+
+
+def _base_like(codec: str, values: torch.Tensor) -> torch.Tensor | None:
+    if codec.startswith("delta"):
+        return values
+    return values.to(torch.bfloat16) if codec.startswith("tail") else None
