@@ -316,7 +316,8 @@ def save_fake(
         step=step,
         staged=staged,
         images=images,
-        plan_links=lambda: links,
+        find_base=lambda layer: None,
+        plan_links=lambda written: links,
         build_manifest=build,
         is_first=lambda: parent is None,
         on_published=lambda path, manifest, digest: saved.append(

@@ -55,6 +55,7 @@ LEVELS = {
     "checkpoint": 5,
     "checkpointer": 5,
     "inventory": 5,
+    "layer_reading": 5,
     "lineage": 5,
     "load": 5,
     "merge_sources": 5,

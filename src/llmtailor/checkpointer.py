@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .checkpoint import Checkpoint
+from .codecs import SKIP, Rest, parse_rest
 from .errors import (
     FormatError,
     InvalidInputError,
@@ -44,7 +45,7 @@ from .save_plan import Contents, SavePlan, encode_index, plan_save
 from .storage import LocalFileSystem, StagedCheckpoint
 from .strategies import Full, SaveContext, Strategy, parse_strategy
 from .tiers import Tiers
-from .writer import Durability, Engine, SaveHandle, WhenBusy, admit
+from .writer import CodedImage, Durability, Engine, SaveHandle, WhenBusy, admit, code_layer
 
 __all__ = ["Checkpointer", "EngineOptions", "check_options", "engine_options"]
 
@@ -71,6 +72,9 @@ class EngineOptions(TypedDict, total=False):
     """A second directory, on another file system, that every checkpoint is copied to in the background."""
     mirror_keep: int | None
     """How many checkpoints to keep in the mirror; None (default) keeps all."""
+    rest: str | Rest | None
+    """What becomes of layers that the strategy does not choose: "skip" (default) leaves them as they were last saved;
+    "q8", "q4", "compact", "compact4" or "codes(...)" write them small instead, so that nothing is stale."""
     durable: Durability
     """What ``SaveHandle.result`` waits for: "local" (default), or "mirror", too. A copy that fails then counts as a
     failed save."""
@@ -111,6 +115,7 @@ class Checkpointer:
     ) -> None:
         check_options(options)
         self._strategy = parse_strategy(strategy)
+        self._rest = parse_rest(options.get("rest", SKIP))
         self._reader = LiveReader(split_experts=split_experts, overrides=layer_overrides)
         self._options = options
         self._is_blocking = options.get("capture", "lazy") == "blocking"
@@ -187,6 +192,9 @@ class Checkpointer:
         self._is_prepared = True
         live = self._reader.read(module, optimizers if contents == "full" else ())
         self._engine.prepare([*live.images.values()])
+        if self._rest is not None and not isinstance(self._strategy_for(module), Full):
+            coded = [code_layer(image, self._rest) for image in live.images.values()]
+            self._engine.compile([each for each in coded if each is not None])
 
     def save(
         self,
@@ -287,9 +295,12 @@ class Checkpointer:
             step=handle.step,
             contents=contents,
             strategy=self._strategy_for(module),
+            rest=self._rest,
             parent=self._lineage.parent_to_plan_with(),
             is_linkable=self._lineage.is_linkable,
         )
+        if coded := [image for image in plan.images if isinstance(image, CodedImage)]:
+            self._engine.compile(coded)
         staged = self._stage(plan)
         try:
             with _translate_small_file_errors(staged.path):

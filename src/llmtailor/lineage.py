@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,16 @@ from .manifest import FileRecord, Manifest, Parent, SaveRecord, World, Writer
 from .save_plan import SavePlan
 from .storage import StagedCheckpoint
 from .tiers import Tiers
-from .writer import LinkedFile, SaveCost, SaveHandle, SaveJob, WrittenLayer
+from .writer import (
+    CodedImage,
+    LayerImage,
+    LinkedFile,
+    SaveCost,
+    SaveHandle,
+    SaveJob,
+    WrittenCodes,
+    WrittenLayer,
+)
 
 __all__ = ["Lineage"]
 
@@ -78,24 +88,17 @@ class Lineage:
             return manifest
 
     def _preview(self, plan: SavePlan) -> Manifest:
-        written = {
-            image.layer: WrittenLayer(
-                weights=FileRecord(path=image.weights.name, bytes=image.weights.nbytes, digest=_NO_DIGEST),
-                optimizer=None
-                if image.optimizer is None
-                else FileRecord(path=image.optimizer.name, bytes=image.optimizer.nbytes, digest=_NO_DIGEST),
-                update_count=None,
-            )
-            for image in plan.images
-        }
+        written = {image.layer: _preview_layer(image) for image in plan.images}
+        for layer, each in written.items():
+            if each.codes is not None and each.codes.base == "exact" and layer in plan.previous:
+                codes = replace(each.codes, base_digest=plan.previous[layer].weights.digest)
+                written[layer] = replace(each, codes=codes)
         return self._describe(plan, written, (), None)
 
     def is_linkable(self, file: FileRecord) -> bool:
         """True if a file of the parent can be linked, or will be there to be linked."""
         with self._mutex:
-            if any(
-                file.path == each.name for plan in self._in_flight() for image in plan.images for each in image.files
-            ):
+            if any(file.path in image.names for plan in self._in_flight() for image in plan.images):
                 return True
             try:
                 return os.stat(self._source(file), follow_symlinks=False).st_size == file.bytes
@@ -120,13 +123,20 @@ class Lineage:
         with self._mutex:
             self._planned.append((plan, handle))
 
-        def plan_links() -> list[LinkedFile]:
+        def find_base(layer: str) -> tuple[Path, FileRecord] | None:
+            with self._mutex:
+                record = self._rebase(plan).previous.get(layer)
+                if self._parent is None or record is None or not record.has_exact_weights:
+                    return None
+                return self._parent.path, record.weights
+
+        def plan_links(written: Mapping[str, WrittenLayer]) -> list[LinkedFile]:
             with self._mutex:
                 rebased = self._rebase(plan)
                 if self._is_new_branch:
                     self._tiers.leave_branch(plan.step, is_first=not self._follows_own())
                     self._is_new_branch = False
-                return [LinkedFile(record=file, source=self._source(file)) for file in rebased.links]
+                return [LinkedFile(record=file, source=self._source(file)) for file in rebased.links(written)]
 
         def build_manifest(
             written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost
@@ -144,6 +154,7 @@ class Lineage:
             step=plan.step,
             staged=staged,
             images=plan.images,
+            find_base=find_base,
             plan_links=plan_links,
             build_manifest=build_manifest,
             is_first=lambda: not self._follows_own(),
@@ -184,6 +195,35 @@ class Lineage:
             files=tuple(small),
             save=None if cost is None else _record_cost(cost),
         )
+
+
+def _preview_layer(image: LayerImage | CodedImage) -> WrittenLayer:
+    """What will be written, as far as it is known."""
+
+    def preview(name: str, nbytes: int) -> FileRecord:
+        return FileRecord(path=name, bytes=nbytes, digest=_NO_DIGEST)
+
+    if isinstance(image, LayerImage):
+        weights, optimizer = image.weights, image.optimizer
+        return WrittenLayer(
+            weights=preview(weights.name, weights.nbytes),
+            optimizer=None if optimizer is None else preview(optimizer.name, optimizer.nbytes),
+            update_count=None,
+        )
+    weights = image.live.weights
+    codes = WrittenCodes(
+        file=preview(image.name, image.nbytes),
+        rest=image.rest.text,
+        base=image.base,
+        base_digest=None,
+        deviations={},
+    )
+    return WrittenLayer(
+        weights=None if image.base == "exact" else preview(weights.name, image.weights_nbytes),
+        optimizer=None,
+        update_count=None,
+        codes=codes,
+    )
 
 
 def _record_cost(cost: SaveCost) -> SaveRecord:

@@ -13,14 +13,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from .checkpoint import Checkpoint, require_optimizer
-from .errors import FormatError, IncompatibleError, IntegrityError, TailorError
-from .formats.safetensors import Header, read_header
-from .manifest import FileRecord, LayerRecord
+from .errors import FormatError, IncompatibleError, TailorError
+from .formats.safetensors import read_header
+from .formats.tailored import LayerCodes, read_codes_header
+from .layer_reading import CheckedFile, CodedLayer, LayerReading, PlainFile, Tensors
+from .manifest import EncodingRecord, FileRecord, LayerRecord
 from .model_state import ModelState, check_model
 from .optimizer_check import check_state
 from .optimizer_state import (
@@ -32,12 +35,11 @@ from .optimizer_state import (
     unwrap_optimizer,
 )
 from .state_keys import NOTES_KEY, split_state_key, state_key
-from .storage import FileReader, read_files
+from .storage import read_files
 from .strict_json import parse_object
 from .tensor_bytes import torch_dtype
-from .tensor_filling import FileFiller
 from .tensors import TensorMeta
-from .verify import changed_bytes, check_layer_header, open_published
+from .verify import check_layer_header, open_published
 
 __all__ = [
     "Load",
@@ -54,30 +56,13 @@ _PARTLY_LOADED = (
     "or build them anew"
 )
 
-_Tensors: TypeAlias = Mapping[str, torch.Tensor]
-"""By name in a file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _LayerFile:
-    """A layer file whose header was checked."""
-
-    record: FileRecord
-    header: Header
-    prefix: bytes
-    """The bytes the header was read from."""
-    find_targets: Callable[[], _Tensors]
-    """Called when reading begins, in any thread; names it leaves out are read, and not kept."""
-    install: Callable[[_Tensors], None]
-    """Called in the caller's thread when the targets hold what was published."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """A load about which everything was checked that can be without the tensors' bytes. Nothing was changed yet."""
 
     checkpoint: Checkpoint
-    files: tuple[_LayerFile, ...]
+    layers: tuple[LayerReading, ...]
     begin: Callable[[], None]
     """What has to be done before the first file is read."""
     live: tuple[torch.Tensor, ...]
@@ -94,46 +79,27 @@ class Load:
                 overwritten.
             OSError: The device failed. What is live was partly overwritten.
         """
+
+        def begin(item: LayerReading) -> None:
+            for record in item.records:
+                on_file(record)
+
         # Before and after: whoever copies these tensors meanwhile sees that they are not what they were.
         torch.autograd.graph.increment_version(self.live)
         try:
             self.begin()
             read_files(
-                self.files,
-                lambda file: file.record.bytes,
-                self._read,
-                on_begin=lambda file: on_file(file.record),
-                on_done=lambda file, tensors: file.install(tensors),
+                self.layers,
+                lambda item: sum(record.bytes for record in item.records),
+                lambda item, reader: item.read(reader),
+                on_begin=begin,
+                on_done=lambda item, tensors: item.install(tensors),
             )
         except (TailorError, OSError) as err:
             say_partly_loaded(err)
             raise
         finally:
             torch.autograd.graph.increment_version(self.live)
-
-    def _read(self, file: _LayerFile, reader: FileReader) -> _Tensors:
-        path = self.checkpoint.path / file.record.path
-        with open_published(self.checkpoint.path, file.record) as descriptor:
-            tensors = file.find_targets()
-            stored = (each for each in file.header.tensors.values() if each.name in tensors)
-            filler = FileFiller([(each.byte_range, tensors[each.name]) for each in stored])
-
-            def put(offset: int, piece: memoryview) -> None:
-                # The digest is of what is read now; what was checked before must be the same.
-                expected = file.prefix[offset : offset + piece.nbytes]
-                if piece[: len(expected)] != expected:
-                    raise IntegrityError(
-                        "the file's header changed since it was checked",
-                        kind="digest",
-                        path=path,
-                        expected=file.record.digest,
-                    )
-                filler.put(offset, piece)
-
-            found = reader.digest(descriptor, file.record.bytes, path, put)
-        if found != file.record.digest:
-            raise changed_bytes(path, file.record.digest, found)
-        return tensors
 
 
 def say_partly_loaded(err: Exception) -> None:
@@ -157,7 +123,7 @@ def plan_load(checkpoint: Checkpoint, state: ModelState, optimizers: Sequence[to
     of_model = plan_model(checkpoint, state)
     return Load(
         checkpoint=checkpoint,
-        files=(*of_model.files, *of_optimizers.files),
+        layers=_join(of_model.layers, of_optimizers.layers),
         begin=of_optimizers.begin,
         live=of_model.live,
     )
@@ -188,25 +154,58 @@ def plan_model(checkpoint: Checkpoint, state: ModelState) -> Load:
     manifest = checkpoint.manifest
     check_model(state, manifest.tensors, path=checkpoint.path)
     # A tensor that is missing from its file would silently keep the value the model happens to have.
-    opened = [(layer.weights, *_open_header(checkpoint, layer, layer.weights)) for layer in manifest.layers]
-    files = [_weights_file(record, header, prefix, state) for record, header, prefix in opened]
-    return Load(checkpoint=checkpoint, files=tuple(files), begin=lambda: None, live=tuple(state.tensors.values()))
+    layers = [_weights_of(checkpoint, layer, state) for layer in manifest.layers]
+    return Load(checkpoint=checkpoint, layers=tuple(layers), begin=lambda: None, live=tuple(state.tensors.values()))
 
 
-def _weights_file(record: FileRecord, header: Header, prefix: bytes, state: ModelState) -> _LayerFile:
-    tensors = {name: state.tensors[name] for name in header.tensors}
-    return _LayerFile(
-        record=record, header=header, prefix=prefix, find_targets=lambda: tensors, install=lambda tensors: None
+def _join(of_model: Sequence[LayerReading], of_optimizers: Sequence[LayerReading]) -> tuple[LayerReading, ...]:
+    """Every file once: weights and state of a coded layer are in one."""
+    coded = {each.layer: each for each in of_optimizers if isinstance(each, CodedLayer)}
+    joined = [
+        each.join(coded.pop(each.layer)) if isinstance(each, CodedLayer) and each.layer in coded else each
+        for each in of_model
+    ]
+    plain = [each for each in of_optimizers if not isinstance(each, CodedLayer)]
+    return (*joined, *plain, *coded.values())
+
+
+def _weights_of(checkpoint: Checkpoint, layer: LayerRecord, state: ModelState) -> LayerReading:
+    if layer.encoding is None:
+        file = _open_file(checkpoint, layer, layer.weights)
+        tensors = {name: state.tensors[name] for name in file.header.tensors}
+        return PlainFile(file=file, find_targets=lambda: tensors, install=lambda tensors: None)
+    codes, held = _open_codes(checkpoint, layer, layer.encoding)
+    file = _open_file(checkpoint, layer, layer.weights, held)
+    wanted = {name: state.tensors[name] for name in {*file.header.tensors, *held.weights}}
+    return CodedLayer(
+        layer=layer.name,
+        codes=codes,
+        stored={**held.weights, **held.states},
+        weights=file,
+        passed_over=(),
+        find_targets=lambda: wanted,
+        install=lambda tensors: None,
     )
 
 
-def _open_header(checkpoint: Checkpoint, layer: LayerRecord, record: FileRecord) -> tuple[Header, bytes]:
-    """The checked header of a layer file, and the bytes it was read from."""
+def _open_file(
+    checkpoint: Checkpoint, layer: LayerRecord, record: FileRecord, codes: LayerCodes | None = None
+) -> CheckedFile:
+    """A layer's weights or optimizer file, its header checked."""
     path = checkpoint.path / record.path
     with open_published(checkpoint.path, record) as descriptor:
         header, prefix = read_header(descriptor, path)
-    check_layer_header(path, checkpoint.manifest, layer, record, header)
-    return header, prefix
+    check_layer_header(path, checkpoint.manifest, layer, record, header, codes)
+    return CheckedFile(checkpoint=checkpoint.path, record=record, header=header, prefix=prefix)
+
+
+def _open_codes(checkpoint: Checkpoint, layer: LayerRecord, encoding: EncodingRecord) -> tuple[CheckedFile, LayerCodes]:
+    """A layer's codes file, and what it holds."""
+    path = checkpoint.path / encoding.codes.path
+    with open_published(checkpoint.path, encoding.codes) as descriptor:
+        header, prefix = read_header(descriptor, path)
+    codes = read_codes_header(path, header, checkpoint.manifest, layer)
+    return CheckedFile(checkpoint=checkpoint.path, record=encoding.codes, header=header, prefix=prefix), codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,14 +219,13 @@ class _SavedState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _StateFile:
-    """An optimizer file whose header was checked."""
+class _SavedLayer:
+    """Optimizer state of a layer, still in its optimizer file or in codes."""
 
-    record: FileRecord
-    header: Header
-    prefix: bytes
     states: Mapping[str, _SavedState]
     """By fqn."""
+    read: Callable[[Callable[[], Tensors], Callable[[Tensors], None]], LayerReading]
+    """With targets and what is done with them when they are filled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,8 +299,8 @@ def plan_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Seque
         [ParameterGroup(parameters=group.parameters, options=group.options) for group in record.groups]
         for record in manifest.optimizers
     ]
-    files = [_open_states(checkpoint, layer, layer.optimizer) for layer in manifest.layers if layer.optimizer]
-    saved = {fqn: each for file in files for fqn, each in file.states.items()}
+    found = [_open_states(checkpoint, layer) for layer in manifest.layers if layer.optimizer or layer.encoding]
+    saved = {fqn: each for layer in found for fqn, each in layer.states.items()}
     for optimizer, record, groups in zip(live, manifest.optimizers, records, strict=True):
         fqns = [fqn for group in groups for fqn in group.parameters]
         metas = {fqn: saved[fqn].metas if fqn in saved else {} for fqn in fqns}
@@ -323,9 +321,7 @@ def plan_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Seque
             else:
                 home.take({}, {})
 
-    return Load(
-        checkpoint=checkpoint, files=tuple(_optimizer_file(file, homes) for file in files), begin=begin, live=()
-    )
+    return Load(checkpoint=checkpoint, layers=tuple(_states_of(layer, homes) for layer in found), begin=begin, live=())
 
 
 def _find_homes(
@@ -338,32 +334,59 @@ def _find_homes(
     return {fqn: _Home(optimizers=each, parameter=state.tensors[fqn], fqn=fqn) for fqn, each in owners.items()}
 
 
-def _optimizer_file(file: _StateFile, homes: Mapping[str, _Home]) -> _LayerFile:
-    ours = {fqn: saved for fqn, saved in file.states.items() if fqn in homes}
+def _states_of(layer: _SavedLayer, homes: Mapping[str, _Home]) -> LayerReading:
+    ours = {fqn: saved for fqn, saved in layer.states.items() if fqn in homes}
 
-    def find_targets() -> _Tensors:
+    def find_targets() -> Tensors:
         made = {fqn: homes[fqn].make_tensors(saved) for fqn, saved in ours.items()}
         return {state_key(fqn, leaf): tensor for fqn, tensors in made.items() for leaf, tensor in tensors.items()}
 
-    def install(tensors: _Tensors) -> None:
+    def install(tensors: Tensors) -> None:
         for fqn, saved in ours.items():
             homes[fqn].take({leaf: tensors[state_key(fqn, leaf)] for leaf in saved.metas}, saved.notes)
 
-    return _LayerFile(
-        record=file.record, header=file.header, prefix=file.prefix, find_targets=find_targets, install=install
+    return layer.read(find_targets, install)
+
+
+def _open_states(checkpoint: Checkpoint, layer: LayerRecord) -> _SavedLayer:
+    """Optimizer state of each parameter of a layer that has some, in its codes if it has those."""
+    file = None if layer.optimizer is None else _open_file(checkpoint, layer, layer.optimizer)
+    if layer.encoding is None:
+        assert file is not None
+        text = file.header.metadata.get(NOTES_KEY)
+        notes = parse_object(text.encode(), what="notes of an optimizer file", path=file.path) if text else {}
+        metas = {name: each.meta for name, each in file.header.tensors.items()}
+        return _SavedLayer(
+            states=_by_parameter(metas, notes, checkpoint, layer, file.path),
+            read=lambda targets, install: PlainFile(file=file, find_targets=targets, install=install),
+        )
+    codes, held = _open_codes(checkpoint, layer, layer.encoding)
+    metas = {key: stored.meta for key, stored in held.states.items()}
+    return _SavedLayer(
+        states=_by_parameter(metas, held.notes, checkpoint, layer, codes.path),
+        read=lambda targets, install: CodedLayer(
+            layer=layer.name,
+            codes=codes,
+            stored=held.states,
+            weights=None,
+            passed_over=() if file is None else (file,),
+            find_targets=targets,
+            install=install,
+        ),
     )
 
 
-def _open_states(checkpoint: Checkpoint, layer: LayerRecord, record: FileRecord) -> _StateFile:
-    """Optimizer state of each parameter of a layer that has some."""
-    path = checkpoint.path / record.path
-    header, prefix = _open_header(checkpoint, layer, record)
-    text = header.metadata.get(NOTES_KEY)
-    notes = parse_object(text.encode(), what="notes of an optimizer file", path=path) if text else {}
+def _by_parameter(
+    metas: Mapping[str, TensorMeta],
+    notes: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    layer: LayerRecord,
+    path: Path,
+) -> Mapping[str, _SavedState]:
     fqns = {tensor.fqn for tensor in checkpoint.manifest.tensors if tensor.layer == layer.name}
-    metas: dict[str, dict[str, TensorMeta]] = defaultdict(dict)
+    metas_of: dict[str, dict[str, TensorMeta]] = defaultdict(dict)
     notes_of: dict[str, dict[str, Any]] = defaultdict(dict)
-    for name in [*header.tensors, *notes]:
+    for name in [*metas, *notes]:
         fqn, leaf = split_state_key(name)
         if fqn not in fqns:
             raise FormatError(
@@ -372,9 +395,10 @@ def _open_states(checkpoint: Checkpoint, layer: LayerRecord, record: FileRecord)
                 path=path,
                 fqn=name,
             )
-        if name in header.tensors:
-            metas[fqn][leaf] = header.tensors[name].meta
+        if name in metas:
+            metas_of[fqn][leaf] = metas[name]
         if name in notes:
             notes_of[fqn][leaf] = notes[name]
-    states = {fqn: _SavedState(metas=metas[fqn], notes=notes_of[fqn]) for fqn in sorted(metas.keys() | notes_of.keys())}
-    return _StateFile(record=record, header=header, prefix=prefix, states=states)
+    return {
+        fqn: _SavedState(metas=metas_of[fqn], notes=notes_of[fqn]) for fqn in sorted(metas_of.keys() | notes_of.keys())
+    }

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .codecs import Deviation, Rest
 from .errors import WriteError
 from .layers import Layer, file_stem
 from .live_state import LiveLayers
-from .manifest import FileRecord, LayerRecord, Manifest, OptimizerRecord, TensorRecord
-from .strategies import Choice, LayerStatus, SaveContext, Strategy, choose_layers
-from .writer import LayerImage, WrittenLayer
+from .manifest import EncodingRecord, ErrorRecord, FileRecord, LayerRecord, Manifest, OptimizerRecord, TensorRecord
+from .strategies import CODED, NO_BASE, NO_GAIN, Choice, LayerStatus, SaveContext, Strategy, choose_layers
+from .writer import CodedImage, LayerImage, WrittenCodes, WrittenLayer, code_layer
 
 __all__ = ["Contents", "SavePlan", "encode_index", "plan_save"]
 
@@ -38,63 +39,71 @@ class SavePlan:
     """Those that have a tensor to save, in model order."""
     choices: tuple[Choice, ...]
     """One per layer, in the same order."""
-    images: tuple[LayerImage, ...]
-    """Of the layers that are written; held, see ``LayerImage.hold``."""
+    images: tuple[LayerImage | CodedImage, ...]
+    """Of the layers that are written, exactly or as codes; held, see ``LayerImage.hold``."""
     previous: Mapping[str, LayerRecord]
     """Layer -> its record in the checkpoint before, where its files can be linked."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files that are written."""
+        """Bytes of the files that are written, about."""
         return sum(image.nbytes for image in self.images)
 
     @property
     def num_files(self) -> int:
-        """Files that are made, links included."""
-        return sum(len(image.files) for image in self.images) + len(self.links)
+        """Files that are made, links included, at most."""
+        written = sum(len(image.names) for image in self.images)
+        return written + sum(len(record.files) for record in self.previous.values())
 
     def rebase(self, parent: Manifest | None) -> SavePlan:
         """The same plan after the checkpoint that is its parent in the end.
 
         A save may be planned while the one before is in flight. When its turn to be committed comes, that one is
         published, or it failed: then layers which were to be linked from it are linked from the one before.
-
-        Raises:
-            WriteError: A layer that is not written is in no checkpoint.
         """
         records = {} if parent is None else {layer.name: layer for layer in parent.layers}
-        kept = [choice.layer for choice in self.choices if not choice.is_saved]
-        if missing := [layer for layer in kept if layer not in records]:
-            raise WriteError(
-                "layers of this save were to come from a save that failed",
-                kind="parent-failed",
-                layer=missing[0],
-                expected="a checkpoint that holds it",
-                found=f"none, for {len(missing)} layers",
-                hint="the next save writes all layers",
-            )
-        return replace(self, previous={layer: records[layer] for layer in kept})
+        return replace(self, previous={layer: records[layer] for layer in self.previous if layer in records})
 
-    @property
-    def links(self) -> tuple[FileRecord, ...]:
-        """Files of the layers that are not written."""
-        kept = (self.previous[choice.layer] for choice in self.choices if not choice.is_saved)
-        return tuple(file for layer in kept for file in layer.files)
+    def links(self, written: Mapping[str, WrittenLayer]) -> tuple[FileRecord, ...]:
+        """Files that are taken over: of layers that are not written, and plain ones that codes lie beside.
+
+        Args:
+            written: Layer -> the files it was written to; exactly the layers of ``images``.
+
+        Raises:
+            WriteError: A layer that is not written, or what its codes are relative to, is in no checkpoint.
+        """
+        linked: list[FileRecord] = []
+        for layer in self.layers:
+            each = written.get(layer.name)
+            if each is None:
+                linked += self._previous_of(layer.name).files
+            elif each.weights is None:
+                linked += self._base_of(layer.name, each).plain_files
+        return tuple(linked)
 
     def record_layers(self, written: Mapping[str, WrittenLayer]) -> tuple[LayerRecord, ...]:
         """The manifest's layers, once the files are written.
 
         Args:
-            written: Layer -> the files it was written to; exactly the layers of ``images``.
+            written: As for ``links``.
+
+        Raises:
+            WriteError: As ``links``.
         """
         return tuple(
-            self._record(layer, choice, written[layer.name])
-            if choice.is_saved
-            else self.previous[layer.name].model_copy(update={"reason": choice.reason})
+            self._record(layer, choice, written.get(layer.name))
             for layer, choice in zip(self.layers, self.choices, strict=True)
         )
 
-    def _record(self, layer: Layer, choice: Choice, written: WrittenLayer) -> LayerRecord:
+    def _record(self, layer: Layer, choice: Choice, written: WrittenLayer | None) -> LayerRecord:
+        if written is None:
+            return self._previous_of(layer.name).model_copy(update={"reason": choice.reason})
+        codes = written.codes
+        encoding = None if codes is None else self._record_codes(codes, written.update_count)
+        if written.weights is None:
+            update = {"reason": CODED, "encoding": encoding}
+            return self._base_of(layer.name, written).model_copy(update=update)
         return LayerRecord(
             name=layer.name,
             kind=layer.kind.value,
@@ -102,12 +111,48 @@ class SavePlan:
             index=layer.index,
             step=self.step,
             save_index=self.save_index,
-            update_count=written.update_count,
-            reason=choice.reason,
+            update_count=written.update_count if codes is None else None,
+            reason=CODED if codes is not None else written.reason or choice.reason,
             drift=None,
             weights=written.weights,
             optimizer=written.optimizer,
+            encoding=encoding,
         )
+
+    def _record_codes(self, codes: WrittenCodes, update_count: int | None) -> EncodingRecord:
+        return EncodingRecord(
+            step=self.step,
+            save_index=self.save_index,
+            update_count=update_count,
+            rest=codes.rest,
+            base=codes.base,
+            codes=codes.file,
+            errors={component.value: _record_error(each) for component, each in codes.deviations.items()},  # type: ignore[misc]
+        )
+
+    def _previous_of(self, layer: str) -> LayerRecord:
+        if layer not in self.previous:
+            raise WriteError(
+                "a layer of this save was to come from a save that failed",
+                kind="parent-failed",
+                layer=layer,
+                expected="a checkpoint that holds it",
+                found="none",
+                hint="the next save writes all layers",
+            )
+        return self.previous[layer]
+
+    def _base_of(self, layer: str, written: WrittenLayer) -> LayerRecord:
+        """The record whose plain files a layer's codes are relative to."""
+        record = self._previous_of(layer)
+        # Codes are made when all earlier saves have ended, so this cannot differ.
+        assert written.codes is not None
+        assert written.codes.base_digest == record.weights.digest, layer
+        return record
+
+
+def _record_error(deviation: Deviation) -> ErrorRecord:
+    return ErrorRecord(l2=float(f"{deviation.l2:.4g}"), max=float(f"{deviation.largest:.4g}"))
 
 
 def plan_save(
@@ -116,6 +161,7 @@ def plan_save(
     step: int,
     contents: Contents,
     strategy: Strategy,
+    rest: Rest | None,
     parent: Manifest | None,
     is_linkable: Callable[[FileRecord], bool],
 ) -> SavePlan:
@@ -126,6 +172,7 @@ def plan_save(
         step: Optimizer steps done.
         contents: Whether optimizer state is saved.
         strategy: Chooses among the layers; those without earlier files are written anyhow.
+        rest: How layers that it does not choose are written as codes; None leaves them as they are.
         parent: The checkpoint before, or None.
         is_linkable: Whether a file of the parent is still there, unharmed as far as can be seen at once.
 
@@ -145,7 +192,8 @@ def plan_save(
         )
         for layer in live.layers
     )
-    choices = choose_layers(strategy, SaveContext(step=step, save_index=save_index, layers=statuses))
+    chosen = choose_layers(strategy, SaveContext(step=step, save_index=save_index, layers=statuses))
+    planned = [_plan_layer(choice, live, rest, previous) for choice in chosen]
     return SavePlan(
         step=step,
         save_index=save_index,
@@ -154,10 +202,27 @@ def plan_save(
         tensors=live.tensors,
         optimizers=live.optimizers,
         layers=live.layers,
-        choices=choices,
-        images=tuple(live.images[choice.layer].hold() for choice in choices if choice.is_saved),
+        choices=tuple(choice for choice, _ in planned),
+        images=tuple(image for _, image in planned if image is not None),
         previous=previous,
     )
+
+
+def _plan_layer(
+    choice: Choice, live: LiveLayers, rest: Rest | None, previous: Mapping[str, LayerRecord]
+) -> tuple[Choice, LayerImage | CodedImage | None]:
+    """What becomes of a layer, and the image of what is written."""
+    image = live.images[choice.layer]
+    if choice.is_saved:
+        return choice, image.hold()
+    if rest is None:
+        return choice, None
+    coded = code_layer(image, rest)
+    if coded is None:
+        return replace(choice, is_saved=True, reason=NO_GAIN), image.hold()
+    if rest.is_relative and not previous[choice.layer].has_exact_weights:
+        return replace(choice, is_saved=True, reason=NO_BASE), image.hold()
+    return choice, coded.hold()
 
 
 def _find_linkable(

@@ -12,7 +12,7 @@ import torch
 
 from .tensors import ByteRange
 
-__all__ = ["FileFiller"]
+__all__ = ["FileFiller", "fill_tensor", "host_bytes"]
 
 # What numpy knows of each size, whatever the elements are.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -54,6 +54,18 @@ class FileFiller:
             self._filler = None
 
 
+def host_bytes(tensor: torch.Tensor) -> memoryview | None:
+    """The memory of a tensor, if that holds its elements row-major in host memory; writes go to the tensor."""
+    filler = _TensorFiller(tensor)
+    return None if filler.is_gathering or filler.host is None else filler.host.data
+
+
+def fill_tensor(tensor: torch.Tensor, data: memoryview) -> None:
+    """Give a tensor all of its bytes, row-major; any device, any strides. Its version counter is not raised."""
+    if data.nbytes:
+        _TensorFiller(tensor).put(0, data)
+
+
 class _TensorFiller:
     """Takes the bytes of one tensor that has some, in order.
 
@@ -65,23 +77,23 @@ class _TensorFiller:
         self._tensor = tensor.detach()
         # Conjugation and negation are flags on a view; the bytes behind it are not those of the values.
         self._is_flagged = tensor.is_conj() or tensor.is_neg()
-        self._is_gathering = self._is_flagged or not tensor.is_contiguous()
-        if self._is_gathering:
+        self.is_gathering = self._is_flagged or not tensor.is_contiguous()
+        if self.is_gathering:
             self._flat = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8)
         else:
             # Not reshape: a dimension of size 1 may have any stride, and keeps it there.
             self._flat = self._tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
         # Not by ``numpy()``: after that torch refuses to resize the tensor's memory, as offloading does.
-        self._host = np.from_dlpack(self._flat) if self._flat.device.type == "cpu" else None
+        self.host = np.from_dlpack(self._flat) if self._flat.device.type == "cpu" else None
 
     def put(self, offset: int, piece: memoryview) -> None:
         source = np.frombuffer(piece, dtype=np.uint8)
         end = offset + source.nbytes
-        if self._host is not None:
-            np.copyto(self._host[offset:end], source)
+        if self.host is not None:
+            np.copyto(self.host[offset:end], source)
         else:
             self._flat[offset:end].copy_(torch.from_numpy(source))
-        if self._is_gathering and end == self._flat.numel():
+        if self.is_gathering and end == self._flat.numel():
             self._spread()
 
     def _spread(self) -> None:

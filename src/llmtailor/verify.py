@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from .codecs import array_name
 from .errors import FormatError, IntegrityError, NotFoundError
 from .formats.safetensors import Header, read_header
 from .formats.source_files import open_source
-from .formats.tailored import read_manifest
+from .formats.tailored import LayerCodes, read_codes_header, read_manifest, weights_metas
 from .manifest import MANIFEST_NAME, FileRecord, LayerRecord, Manifest
 from .storage import FileReader, read_files
+from .tensors import ByteRange
 
 __all__ = [
     "FileState",
@@ -200,20 +202,74 @@ def _verify_file(
         digests[state] = found
         if found != record.digest:
             raise changed_bytes(path, record.digest, found)
-        if layer is not None:
-            # A writer's mistake is found here, not at resume.
-            check_layer_header(path, manifest, layer, record, read_header(descriptor, path)[0])
+        if layer is None:
+            return
+        # A writer's mistake is found here, not at resume.
+        header = read_header(descriptor, path)[0]
+        if layer.encoding is not None and record is layer.encoding.codes:
+            _check_codes(descriptor, path, header, read_codes_header(path, header, manifest, layer), layer)
+        else:
+            check_layer_header(path, manifest, layer, record, header, _read_codes(checkpoint, manifest, layer))
 
 
-def check_layer_header(path: Path, manifest: Manifest, layer: LayerRecord, record: FileRecord, header: Header) -> None:
-    """Raise unless a layer file holds what the schema says.
+def _read_codes(checkpoint: Path, manifest: Manifest, layer: LayerRecord) -> LayerCodes | None:
+    """What a layer's codes file says it holds, where that says what its weights file must hold."""
+    if layer.encoding is None or layer.has_exact_weights:
+        return None
+    path = checkpoint / layer.encoding.codes.path
+    with open_published(checkpoint, layer.encoding.codes) as descriptor:
+        return read_codes_header(path, read_header(descriptor, path)[0], manifest, layer)
+
+
+def _check_codes(descriptor: int, path: Path, header: Header, codes: LayerCodes, layer: LayerRecord) -> None:
+    """Decode all codes of a file, one tensor at a time; what they are relative to does not matter here.
+
+    Raises:
+        FormatError: Some cannot be decoded.
+    """
+    from .codecs.decoding import decode_tensor  # numpy is not needed for checkpoints without codes
+
+    for key, stored in {**codes.weights, **codes.states}.items():
+        if stored.codec == "exact":
+            continue
+        names = [*stored.arrays, *(["planes"] if stored.codec == "xor" else [])]
+        ranges = {name: header.tensors[array_name(key, name)].byte_range for name in names}
+        arrays = {name: memoryview(_pread(descriptor, path, each)) for name, each in ranges.items()}
+        try:
+            decode_tensor(stored, arrays, None, memoryview(bytearray(stored.meta.nbytes)))
+        except ValueError as err:
+            raise FormatError(
+                f"codes cannot be decoded: {err}", kind="codes", path=path, layer=layer.name, fqn=key
+            ) from err
+
+
+def _pread(descriptor: int, path: Path, byte_range: ByteRange) -> bytes:
+    data = bytearray()
+    while len(data) < byte_range.nbytes:
+        more = os.pread(descriptor, byte_range.nbytes - len(data), byte_range.start + len(data))
+        if not more:
+            raise IntegrityError("the file became shorter while it was read", kind="file-size", path=path)
+        data += more
+    return bytes(data)
+
+
+def check_layer_header(
+    path: Path,
+    manifest: Manifest,
+    layer: LayerRecord,
+    record: FileRecord,
+    header: Header,
+    codes: LayerCodes | None = None,
+) -> None:
+    """Raise unless a layer's weights or optimizer file holds what the schema says.
 
     Args:
         path: For the error.
         manifest: Of the checkpoint.
         layer: Whose file it is.
-        record: One of ``layer.files``.
+        record: One of ``layer.plain_files``.
         header: Of the file.
+        codes: Of the layer; needed where the weights file is rounded.
 
     Raises:
         FormatError: A tensor of the weights is missing, too many, or of another type or shape; or there is optimizer
@@ -221,7 +277,7 @@ def check_layer_header(path: Path, manifest: Manifest, layer: LayerRecord, recor
     """
     of_layer = [tensor for tensor in manifest.tensors if tensor.layer == layer.name]
     if record is layer.weights:
-        expected = {tensor.fqn: str(tensor.meta) for tensor in of_layer if tensor.tied_to is None}
+        expected = {fqn: str(meta) for fqn, meta in weights_metas(manifest, layer, codes).items()}
         _check_tensors(path, expected, {name: str(stored.meta) for name, stored in header.tensors.items()})
     else:
         _check_state_names(path, [tensor.fqn for tensor in of_layer], header)

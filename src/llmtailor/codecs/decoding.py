@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .stored import BLOCK_NUMEL, FRAME_NUMEL
+from .stored import BLOCK_NUMEL, FRAME_NUMEL, StoredCodes
 
-__all__ = ["Values", "decode", "frames_of", "storage_type", "unpack_frame"]
+__all__ = ["Values", "decode", "decode_tensor", "frames_of", "storage_type", "unpack_frame"]
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -30,6 +30,9 @@ _STEP_SHIFT = {"log8": 8, "log4": 12}
 
 _STORAGE = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}
 """numpy has no bfloat16: here it is the upper half of an F32, in a uint16."""
+
+
+_ARRAY_TYPES = {"I8": "<i1", "U8": "<u1", "U16": "<u2", "BF16": "<u2"}
 
 
 def storage_type(dtype: str) -> np.dtype[Any]:
@@ -84,19 +87,20 @@ def _decode_strip(codec: str, arrays: Mapping[str, Values], base: Values | None,
             _spread(arrays["codes"], bits, count, is_packed=codec == "log4", offset=0)
             is_zero = bits == 0
             steps = arrays["steps"].astype(np.uint32) << np.uint32(_STEP_SHIFT[codec])
-            lows = (arrays["lows"].astype(np.uint32) << np.uint32(16)) - steps  # codes count from 1
+            lows = np.minimum(arrays["lows"].astype(np.uint32) << np.uint32(16), _LARGEST)
+            # Codes count from 1. What is not below the largest must not go round 2^32 either.
             np.multiply(bits, steps[:, None], out=bits)
-            np.add(bits, lows[:, None], out=bits)
-            np.minimum(bits, _LARGEST, out=bits)
+            np.minimum(bits, (_LARGEST - lows + steps)[:, None], out=bits)
+            np.add(bits, (lows - steps)[:, None], out=bits)
             if is_zero.any():
                 bits[is_zero] = 0
         case "tail8" | "tail4":
-            assert base is not None
             whole = values.view(np.int32)
             _spread(arrays["codes"], whole, count, is_packed=codec == "tail4", offset=8)
             np.left_shift(whole, 8 if codec == "tail8" else 12, out=whole)
             bits = flat.view(np.uint32)[:count]
-            np.add(bits, base.astype(np.uint32) << np.uint32(16), out=bits)
+            if base is not None:
+                np.add(bits, base.astype(np.uint32) << np.uint32(16), out=bits)
         case _:
             raise AssertionError(codec)
 
@@ -131,6 +135,38 @@ def _round(values: Values, dtype: str, out: Values) -> None:
         out[...] = values
 
 
+def decode_tensor(stored: StoredCodes, arrays: Mapping[str, memoryview], base: Values | None, out: memoryview) -> None:
+    """Turn all codes of a tensor into its bytes.
+
+    Args:
+        stored: What the arrays are.
+        arrays: Bytes of each array, by name.
+        base: What the codes are relative to, as for ``decode``; of ``xor``, uint16. May be the memory of ``out``. None
+            for codes that are relative to nothing, and to look at the codes alone.
+        out: The tensor's bytes, row-major.
+
+    Raises:
+        ValueError: The arrays cannot be what they should be.
+    """
+    if stored.codec == "exact":
+        out[:] = arrays["values"]
+        return
+    values = np.frombuffer(out, storage_type(stored.meta.dtype))
+    if stored.codec == "xor":
+        planes = arrays["planes"]
+        frames = frames_of(np.frombuffer(arrays["ends"], "<i8"), planes.nbytes)
+        for index, (start, end) in enumerate(frames):
+            part = slice(index * FRAME_NUMEL, (index + 1) * FRAME_NUMEL)
+            target = values[part]
+            unpack_frame(planes[start:end], np.zeros_like(target) if base is None else base[part], target)
+        return
+    metas = stored.arrays
+    found = {name: np.frombuffer(data, _ARRAY_TYPES[metas[name].dtype]) for name, data in arrays.items()}
+    if not all(np.isfinite(_widen(array)).all() for name, array in found.items() if name in ("scales", "lows")):
+        raise ValueError("a scale is not finite")
+    decode(stored.codec, stored.meta.dtype, found, base, values)
+
+
 def frames_of(ends: Values, nbytes: int) -> list[tuple[int, int]]:
     """Where each frame of ``xor`` codes starts and ends in ``planes``.
 
@@ -161,7 +197,11 @@ def unpack_frame(frame: memoryview, base: Values, out: Values) -> None:
     planes: bytes | memoryview = frame
     if frame.nbytes != 2 * numel:
         try:
-            planes = zstandard.ZstdDecompressor().decompress(frame, max_output_size=2 * numel)
+            # Room is made for what a frame says it holds, whatever the bound.
+            if zstandard.frame_content_size(frame) not in (2 * numel, -1):
+                raise ValueError("a frame has another size than its values")
+            unpacker = zstandard.ZstdDecompressor()
+            planes = unpacker.decompress(frame, max_output_size=2 * numel, allow_extra_data=False)
         except zstandard.ZstdError as err:
             raise ValueError(f"a frame cannot be unpacked: {err}") from err
         if len(planes) != 2 * numel:

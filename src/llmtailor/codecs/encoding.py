@@ -23,9 +23,10 @@ __all__ = ["KERNELS", "Encoded", "Kernel", "pack_frame"]
 _HALF = BLOCK_NUMEL // 2
 
 Encoded: TypeAlias = tuple[torch.Tensor, ...]
-"""The arrays of a strip in the order of ``StoredCodes.arrays``, flat, then its measures: F32 [5], see ``_measure``."""
+"""The arrays of a strip in the order of ``StoredCodes.arrays``, flat; of ``tail`` then the BF16 rounding that they are
+relative to; at last the measures: F32 [5], see ``_measure``. BF16 and U16 as the bits of an int16."""
 Kernel: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], Encoded]
-"""Values (flat, whole blocks; F32, BF16 or F16) and what they are relative to (flat, as many), if anything."""
+"""Values (flat, whole blocks; F32, BF16 or F16) and, of ``delta``, what they are relative to (flat, as many)."""
 
 
 def _upper(values: torch.Tensor) -> torch.Tensor:
@@ -35,6 +36,28 @@ def _upper(values: torch.Tensor) -> torch.Tensor:
 
 def _float_of(bits: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.float32)
+
+
+def _half(bits: torch.Tensor) -> torch.Tensor:
+    """Bits of F32 as those of the nearest BF16, ties to even, as F32; int32.
+
+    In integers, since torch.compile takes a conversion to BF16 and back for none at all. Source: torch 2.13,
+    _inductor/fx_passes/joint_graph.py (pointless_convert).
+    """
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+
+
+def _as_decoded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """F32 as they are when they have been rounded to the tensor's own type; what F16 cannot hold is infinite."""
+    if dtype == torch.float32:
+        return values
+    bits = values.view(torch.int32)
+    if dtype == torch.bfloat16:
+        return _float_of(_half(bits))
+    magnitude = values.abs()
+    normal = _float_of((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000)
+    small = torch.round(values * 2.0**24) * 2.0**-24
+    return torch.where(magnitude < 65520, torch.where(magnitude < 2.0**-14, small, normal), torch.inf)
 
 
 def _measure(values: torch.Tensor, errors: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -55,13 +78,14 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(values: torch.Tensor, base: torch.Tensor | None, levels: int) -> Encoded:
+    dtype = values.dtype
     values = values.float()
     blocks = (values if base is None else values - base).view(-1, BLOCK_NUMEL)
     scales = _upper(blocks.abs().amax(1) / levels)
     steps = _float_of(scales << 16)[:, None]
     codes = torch.round(blocks / torch.where(steps > 0, steps, 1.0))
     decoded = (codes * steps).view(-1)
-    errors = (decoded if base is None else decoded + base) - values
+    errors = _as_decoded(decoded if base is None else decoded + base, dtype) - values
     stored = codes.to(torch.int8) if levels > 7 else _pack(codes.to(torch.int32) + 8)
     return stored.view(-1), scales.to(torch.int16), _measure(values, errors, errors.abs().amax())
 
@@ -71,29 +95,33 @@ def _logarithmic(values: torch.Tensor, levels: int, shift: int) -> Encoded:
     blocks = values.float().view(-1, BLOCK_NUMEL)
     # Reductions of floats are vectorized where those of integers are not; numbers >= 0 have the order of their bits.
     lows = torch.where(blocks == 0, 1e38, blocks).amin(1).view(torch.int32) >> 16
-    span = (blocks.amax(1).view(torch.int32) - (lows << 16)).clamp_min(0)
+    span = (blocks.amax(1).abs().view(torch.int32) - (lows << 16)).clamp_min(0)  # abs(): of zeros, -0 may be largest
     unit = (levels - 1) << shift
     steps = (span // unit) + (span % unit > 0).to(torch.int32)
     low, step = (lows << 16)[:, None], (steps << shift)[:, None]
     places = torch.round((blocks.view(torch.int32) - low).float() * (1.0 / step.clamp_min(1).float()))
-    decoded = torch.where(blocks == 0, 0.0, _float_of(low + places.to(torch.int32) * step))
+    places = torch.maximum(places, (low == 0).float())  # a denormal that is near 0 stays a number
+    decoded = torch.where(blocks == 0, 0.0, _as_decoded(_float_of(low + places.to(torch.int32) * step), values.dtype))
     codes = torch.where(blocks == 0, 0.0, places + 1)
-    # No element is further off than half of the widest step; so many units in the last place of an F32.
-    largest = (steps.amax() << (shift - 1)).float()
+    # In units in the last place of an F32.
+    if values.dtype == torch.float32:
+        largest = (steps.amax() << (shift - 1)).float()  # no element is further off than half of the widest step
+    else:
+        largest = (decoded.view(torch.int32) - blocks.abs().view(torch.int32)).float().abs().amax()
     measures = _measure(blocks, decoded - blocks, torch.where(blocks.amin() < 0, torch.nan, largest))
     stored = codes.to(torch.uint8) if levels > 15 else _pack(codes.to(torch.int32))
     return stored.view(-1), lows.to(torch.int16), steps.to(torch.int16), measures
 
 
-def _tail(values: torch.Tensor, base: torch.Tensor | None, levels: int, shift: int) -> Encoded:
-    """What BF16 leaves of an F32, in its last bits; the values must be near ``base``, their BF16 rounding."""
-    assert base is not None
-    rounded = base.float().view(torch.int32)
-    rest = (values.view(torch.int32) - rounded).float()
+def _tail(values: torch.Tensor, levels: int, shift: int) -> Encoded:
+    """What BF16 leaves of an F32, in its last bits; between the codes and the measures stands the BF16."""
+    bits = values.view(torch.int32)
+    rounded = _half(bits)
+    rest = (bits - rounded).float()
     codes = torch.floor(rest * (1.0 / (1 << shift)) + 0.5).clamp(-levels - 1, levels).to(torch.int32)
     errors = _float_of(rounded + codes * (1 << shift)) - values
     stored = codes.to(torch.int8) if levels > 7 else _pack((codes + 8).view(-1, BLOCK_NUMEL))
-    return stored.view(-1), _measure(values, errors, errors.abs().amax())
+    return stored.view(-1), (rounded >> 16).to(torch.int16).view(-1), _measure(values, errors, errors.abs().amax())
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -103,8 +131,8 @@ KERNELS: Mapping[str, Kernel] = {
     "delta4": lambda values, base: _linear(values, base, 7),
     "log8": lambda values, base: _logarithmic(values, 255, 8),
     "log4": lambda values, base: _logarithmic(values, 15, 12),
-    "tail8": lambda values, base: _tail(values, base, 127, 8),
-    "tail4": lambda values, base: _tail(values, base, 7, 12),
+    "tail8": lambda values, base: _tail(values, 127, 8),
+    "tail4": lambda values, base: _tail(values, 7, 12),
 }
 """By codec; of values that are finite and below 2^120. A negative value in ``log`` makes a measure that is NaN."""
 

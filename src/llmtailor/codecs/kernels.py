@@ -87,11 +87,5 @@ def _compile(key: KernelKey) -> Kernel:
     fused: Kernel = torch.compile(KERNELS[codec], fullgraph=True, dynamic=False, options=options)
     values = torch.ones(_fused_numel(device), dtype=dtype, device=device)
     with torch.no_grad():
-        fused(values, _base_like(codec, values))
+        fused(values, values if codec.startswith("delta") else None)
     return fused
-
-
-def _base_like(codec: str, values: torch.Tensor) -> torch.Tensor | None:
-    if codec.startswith("delta"):
-        return values
-    return values.to(torch.bfloat16) if codec.startswith("tail") else None

@@ -40,7 +40,7 @@ __all__ = [
 CODES_KEY = "llmtailor.codes"
 """In the ``__metadata__`` of a codes file."""
 BASE_KEY = "llmtailor.base"
-"""In the same: digest of the weights file that the codes are relative to; absent if they are relative to nothing."""
+"""In the same: digest of the earlier weights file that the codes are relative to, if they are."""
 BLOCK_NUMEL = 64
 """Elements, in row-major order, that share a scale."""
 FRAME_NUMEL = 2**20
@@ -147,7 +147,8 @@ def parse_codes(text: str | None, arrays: Mapping[str, TensorMeta], path: Path |
     """
     if text is None:
         raise _refuse(path, None, f"{CODES_KEY} in its __metadata__", "no such entry")
-    entries = parse_object(text.encode(), what="header of a codes file", path=path)
+    # What is not Unicode is refused there.
+    entries = parse_object(text.encode(errors="surrogatepass"), what="header of a codes file", path=path)
     result = {key: _parse_entry(key, entry, path) for key, entry in entries.items()}
     expected: dict[str, TensorMeta] = {}
     for key, each in result.items():
@@ -175,7 +176,7 @@ def _parse_entry(key: str, entry: Any, path: Path | str) -> StoredCodes:
             found=str(codec)[:80],
             hint="upgrade llmtailor",
         )
-    if dtype not in _DTYPES_OF[codec]:
+    if not isinstance(dtype, str) or dtype not in _DTYPES_OF[codec]:
         raise _refuse(path, key, f"an element type that {codec} is of", str(dtype)[:80])
     sizes = isinstance(shape, list) and len(shape) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in shape)
     if not sizes:

@@ -71,6 +71,8 @@ class Layout:
     """In file order, end to end."""
     nbytes: int
     """Size of the whole file."""
+    metadata: Mapping[str, str]
+    """As in the header."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,7 @@ def plan_layout(tensors: Sequence[tuple[str, TensorMeta]], metadata: Mapping[str
         byte_range = ByteRange(start=position, end=position + meta.nbytes)
         stored.append(StoredTensor(name=name, meta=meta, byte_range=byte_range))
         position = byte_range.end
-    return Layout(prefix=prefix, tensors=tuple(stored), nbytes=position)
+    return Layout(prefix=prefix, tensors=tuple(stored), nbytes=position, metadata=dict(metadata))
 
 
 def _cannot_hold(what: str, found: str, expected: str) -> UnsupportedError:

@@ -1,7 +1,7 @@
 """Where checkpoints live: the local directory, its lock, and the publish protocol."""
 
 from .direct_file import ALIGNMENT, DirectFile, pad
-from .file_reading import FileReader, aligned_buffer, read_buffered, read_cached, read_direct, read_files
+from .file_reading import PIECE_NBYTES, FileReader, aligned_buffer, read_buffered, read_cached, read_direct, read_files
 from .filesystem import FreeSpace, LocalFileSystem
 from .lock import RunLock
 from .output_directory import OutputDirectory
@@ -20,6 +20,7 @@ from .staging import StagedCheckpoint, StagedFile
 
 __all__ = [
     "ALIGNMENT",
+    "PIECE_NBYTES",
     "STAGING_NAME",
     "CheckpointEntry",
     "DirectFile",

@@ -166,6 +166,22 @@ class FileReader:
             on_piece(offset, piece)
         return f"xxh3_128:{digest.hexdigest()}"
 
+    def read_piece(self, descriptor: int, offset: int, nbytes: int) -> memoryview:
+        """Read a stretch of a file.
+
+        Args:
+            descriptor: As for ``digest``.
+            offset: A multiple of ``ALIGNMENT``.
+            nbytes: At most ``PIECE_NBYTES``.
+
+        Returns:
+            Its bytes, fewer if the file ends before; there until the next call.
+
+        Raises:
+            OSError: The device failed.
+        """
+        return self._buffer[: self._read(descriptor, offset, nbytes)]
+
     def _read(self, descriptor: int, offset: int, nbytes: int) -> int:
         view, done = self._buffer[:nbytes], 0
         if nbytes >= _MIN_DIRECT_NBYTES:

@@ -6,21 +6,27 @@ torch. ``choose_layers`` adds the rules that hold for every strategy.
 
 from __future__ import annotations
 
-from .choose import Choice, choose_layers
+from .choose import CODED, ERROR_LIMIT, NO_BASE, NO_GAIN, Choice, choose_layers
 from .context import LayerStatus, SaveContext, Strategy
 from .custom import Custom
 from .filter import Filter
 from .full import Full
 from .parity import Parity
+from .round_robin import RoundRobin
 from .text import parse_strategy
 
 __all__ = [
+    "CODED",
+    "ERROR_LIMIT",
+    "NO_BASE",
+    "NO_GAIN",
     "Choice",
     "Custom",
     "Filter",
     "Full",
     "LayerStatus",
     "Parity",
+    "RoundRobin",
     "SaveContext",
     "Strategy",
     "choose_layers",

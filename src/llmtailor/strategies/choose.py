@@ -6,13 +6,32 @@ from dataclasses import dataclass
 
 from .context import LayerStatus, SaveContext, Strategy, check_names
 
-__all__ = ["FIRST_SAVE", "KEPT", "MAX_AGE", "STRATEGY", "Choice", "choose_layers"]
+__all__ = [
+    "CODED",
+    "ERROR_LIMIT",
+    "FIRST_SAVE",
+    "KEPT",
+    "MAX_AGE",
+    "NO_BASE",
+    "NO_GAIN",
+    "STRATEGY",
+    "Choice",
+    "choose_layers",
+]
 
 # Reasons; they stand in manifests, so they are only ever added to.
 FIRST_SAVE = "first save"
 STRATEGY = "strategy"
 MAX_AGE = "max age"
 KEPT = "kept"
+# Of layers that were not chosen, where those are to be written as codes (``rest``).
+CODED = "coded"
+NO_GAIN = "no gain"
+"""Written exactly, since codes would be hardly smaller."""
+NO_BASE = "no base"
+"""Written exactly, since no exact version was there that codes could be relative to."""
+ERROR_LIMIT = "error limit"
+"""Written exactly, since codes would have been too far from the truth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

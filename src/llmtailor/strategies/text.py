@@ -16,10 +16,16 @@ from .custom import Custom
 from .filter import Filter
 from .full import Full
 from .parity import Parity
+from .round_robin import RoundRobin
 
 __all__ = ["parse_strategy"]
 
-_STRATEGIES: dict[str, type[Full] | type[Parity] | type[Filter]] = {"filter": Filter, "full": Full, "parity": Parity}
+_STRATEGIES: dict[str, type[Full] | type[Parity] | type[Filter] | type[RoundRobin]] = {
+    "filter": Filter,
+    "full": Full,
+    "parity": Parity,
+    "round_robin": RoundRobin,
+}
 # Far more than any strategy needs, and far less than what exhausts Python's parser.
 _MAX_LENGTH = 200
 _FORM = "a name, or a name with whole numbers, as in filter(first=2, every=10)"
@@ -95,12 +101,17 @@ def _split_call(text: str) -> tuple[str, list[ast.expr], list[tuple[str, ast.exp
 
 def _syntax_error(text: str) -> InvalidInputError:
     shown = text if len(text) <= _MAX_LENGTH else f"{text[:40]}... ({len(text)} characters)"
+    # To Python, round-robin(4) is a difference.
+    written = text.partition("(")[0].strip()
+    name = written.lower().replace("-", "_")
     return InvalidInputError(
         "cannot read this as a strategy",
         kind="strategy-syntax",
         expected=_FORM,
         found=repr(shown),
-        hint="for anything more, pass a function",
+        hint=f"did you mean {name}?"
+        if "-" in written and name in _STRATEGIES
+        else "for anything more, pass a function",
     )
 
 

@@ -1,13 +1,15 @@
 """From live tensors to a published checkpoint, while training goes on."""
 
+from .coded_images import CodedImage, code_layer
 from .engine import Engine
 from .handle import Durability, SaveHandle, SaveStats
 from .images import FileImage, LayerImage, optimizer_image, weights_image
-from .job import LinkedFile, SaveCost, SaveJob, WrittenLayer
+from .job import LinkedFile, SaveCost, SaveJob, WrittenCodes, WrittenLayer
 from .life import SaveState, WhenBusy, admit
 from .mirror import Mirror, MirrorHandle
 
 __all__ = [
+    "CodedImage",
     "Durability",
     "Engine",
     "FileImage",
@@ -21,8 +23,10 @@ __all__ = [
     "SaveState",
     "SaveStats",
     "WhenBusy",
+    "WrittenCodes",
     "WrittenLayer",
     "admit",
+    "code_layer",
     "optimizer_image",
     "weights_image",
 ]

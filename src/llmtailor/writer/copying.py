@@ -16,7 +16,7 @@ from .devices import Lanes
 from .images import Part
 from .pool import Piece
 
-__all__ = ["ImageReader"]
+__all__ = ["ImageReader", "row_major_blocks"]
 
 
 class ImageReader:
@@ -66,12 +66,12 @@ class ImageReader:
         target = piece.tensor[at : at + nbytes].view(part.dtype)
         done = 0
         with self._lanes.of(part):
-            for block in _blocks(part, start // size, (start + nbytes) // size):
+            for block in row_major_blocks(part, start // size, (start + nbytes) // size):
                 target[done : done + block.numel()].view(block.shape).copy_(block, non_blocking=block.is_cuda)
                 done += block.numel()
 
 
-def _blocks(tensor: torch.Tensor, start: int, end: int) -> Iterator[torch.Tensor]:
+def row_major_blocks(tensor: torch.Tensor, start: int, end: int) -> Iterator[torch.Tensor]:
     """Views that hold elements [start, end) of a tensor in row-major order, end to end."""
     if tensor.is_contiguous():
         yield tensor.reshape(-1)[start:end]
@@ -80,10 +80,10 @@ def _blocks(tensor: torch.Tensor, start: int, end: int) -> Iterator[torch.Tensor
     row, into = divmod(start, numel)
     if into:
         stop = min(numel, end - row * numel)
-        yield from _blocks(tensor[row], into, stop)
+        yield from row_major_blocks(tensor[row], into, stop)
         row += 1
     last, rest = divmod(end, numel)
     if row < last:
         yield tensor[row:last]
     if rest and row <= last:
-        yield from _blocks(tensor[last], 0, rest)
+        yield from row_major_blocks(tensor[last], 0, rest)

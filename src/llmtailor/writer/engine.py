@@ -13,6 +13,7 @@ between two optimizer steps.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -24,7 +25,11 @@ from typing import TypeVar
 
 from ..errors import WriteError
 from ..manifest import encode_manifest
-from ..storage import RunDirectory, pad
+from ..storage import FileReader, RunDirectory, pad
+from ..strategies import ERROR_LIMIT, NO_BASE
+from .base_file import BaseFile
+from .coded_images import CodedImage
+from .coding import LayerEncoder
 from .copying import ImageReader
 from .devices import Lanes
 from .handle import SaveHandle
@@ -54,6 +59,7 @@ class Engine:
         self._run = run
         self._pool = HostPool(default_pool_nbytes() if pool_nbytes is None else pool_nbytes)
         self._lanes = Lanes()
+        self._encoder = LayerEncoder(self._lanes)
         self._captures: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[FilePiece | None] = queue.SimpleQueue()
         self._commits: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
@@ -76,6 +82,10 @@ class Engine:
         is_pinned = any(tensor.is_cuda for file in files for tensor in file.tensors)
         self._start_threads()
         self._captures.put(lambda: self._prepare_pool(nbytes, is_pinned))
+
+    def compile(self, images: Sequence[CodedImage]) -> None:
+        """Get ready to encode such layers; see ``LayerEncoder.compile``. Called by the training thread."""
+        self._encoder.compile(images)
 
     def submit(self, job: SaveJob, handle: SaveHandle, *, called: float) -> None:
         """Begin a save; the handle tells the rest. Called by the training thread.
@@ -193,12 +203,44 @@ class Engine:
     def _capture(self, saving: Saving) -> None:
         self._pool.reserve(saving.job.padded_nbytes, is_pinned=bool(saving.fences))
         self._lanes.start(saving.fences)
+        is_coded = any(isinstance(image, CodedImage) for image in saving.job.images)
+        if is_coded:
+            # What codes are relative to may be in a save that is still on its way.
+            self._wait_for_earlier(saving)
+        reader = FileReader(lambda: saving.has_failed) if is_coded else None
         for image in saving.job.images:
-            for file in image.files:
+            files = image.files if isinstance(image, LayerImage) else self._encode(saving, image, reader)
+            for file in files:
                 self._capture_file(saving, GrowingFile(saving, image.layer, file), file)
         self._lanes.synchronize()
         saving.check_unchanged()
-        saving.pool_nbytes = self._pool.high_water_nbytes
+        saving.pool_nbytes = self._pool.high_water_nbytes + (self._encoder.scratch_nbytes if is_coded else 0)
+
+    def _wait_for_earlier(self, saving: Saving) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._in_flight[0] is saving)
+
+    def _encode(self, saving: Saving, image: CodedImage, reader: FileReader | None) -> Sequence[FileImage]:
+        """The files of a layer that is to be coded: its codes or, where that cannot be, its exact files."""
+        with contextlib.ExitStack() as stack:
+            base = None
+            if image.base == "exact":
+                found = saving.job.find_base(image.layer)
+                if found is None:
+                    saving.note_encoded(image.layer, NO_BASE)
+                    return image.live.files
+                assert reader is not None
+                base = stack.enter_context(BaseFile(*found, reader))
+
+            def check_readable() -> None:
+                if saving.has_failed:
+                    raise Stopped
+                for file in image.sources:
+                    saving.check_readable(file)
+
+            encoded = self._encoder.encode(image, base, check_readable)
+        saving.note_encoded(image.layer, ERROR_LIMIT if encoded is None else encoded)
+        return image.live.files if encoded is None else encoded.files
 
     def _capture_file(self, saving: Saving, file: GrowingFile, image: FileImage) -> None:
         reader = ImageReader(image.parts, self._lanes)
@@ -261,9 +303,10 @@ class Engine:
     def _commit(self, saving: Saving) -> Path:
         job, handle, staged = saving.job, saving.handle, saving.staged
         handle.advance(SaveState.WRITTEN)
-        for link in job.plan_links():
+        written = saving.written_layers()
+        for link in job.plan_links(written):
             staged.link_file(link.record, link.source)
-        manifest = job.build_manifest(saving.written_layers(), staged.adopt_rest(), saving.cost())
+        manifest = job.build_manifest(written, staged.adopt_rest(), saving.cost())
         saving.raise_if_failed()
         encoded, digest = encode_manifest(manifest)
         staged.seal(encoded)

@@ -26,6 +26,9 @@ class SaveStats:
     linked_nbytes: int
     """Bytes of files taken over by a link."""
     num_layers_written: int
+    """Exactly, anew."""
+    num_layers_coded: int
+    """As codes, anew."""
     num_layers: int
     stall_secs: float
     """Time the training loop was held up: in the call, and before optimizer steps."""

@@ -13,7 +13,7 @@ from ..formats.safetensors import Layout, plan_layout
 from ..state_keys import NOTES_KEY, split_state_key
 from ..tensor_bytes import meta_of
 
-__all__ = ["FileImage", "LayerImage", "Part", "optimizer_image", "weights_image"]
+__all__ = ["FileImage", "LayerImage", "Part", "optimizer_image", "plan_image", "weights_image"]
 
 Part: TypeAlias = memoryview | torch.Tensor
 """Bytes, or a tensor whose elements in row-major order are the bytes."""
@@ -81,6 +81,16 @@ class LayerImage:
         return (self.weights,) if self.optimizer is None else (self.weights, self.optimizer)
 
     @property
+    def sources(self) -> tuple[FileImage, ...]:
+        """Live tensors, as the files they will be."""
+        return self.files
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the files."""
+        return tuple(file.name for file in self.files)
+
+    @property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
 
@@ -106,7 +116,7 @@ class LayerImage:
 
 def weights_image(stem: str, tensors: Mapping[str, torch.Tensor]) -> FileImage:
     """The weights file of a layer; ``tensors`` by fqn."""
-    return _image(f"model-{stem}.safetensors", tensors, {}, are_lazy=torch.nn.Parameter)
+    return plan_image(f"model-{stem}.safetensors", tensors, {}, are_lazy=torch.nn.Parameter)
 
 
 def optimizer_image(stem: str, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, object]) -> FileImage | None:
@@ -114,12 +124,24 @@ def optimizer_image(stem: str, tensors: Mapping[str, torch.Tensor], notes: Mappi
     if not tensors and not notes:
         return None
     metadata = {NOTES_KEY: json.dumps(dict(sorted(notes.items())))} if notes else {}
-    return _image(f"optimizer/{stem}.safetensors", tensors, metadata, are_lazy=torch.Tensor)
+    return plan_image(f"optimizer/{stem}.safetensors", tensors, metadata, are_lazy=torch.Tensor)
 
 
-def _image(
-    name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, are_lazy: type[torch.Tensor]
+def plan_image(
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    *,
+    are_lazy: type[torch.Tensor] | tuple[()],
 ) -> FileImage:
+    """A file of these tensors.
+
+    Args:
+        name: Relative to the checkpoint.
+        tensors: By name in the file.
+        metadata: Of the file.
+        are_lazy: The class of those that nothing but an optimizer's step changes.
+    """
     metas = [(key, meta_of(tensor)) for key, tensor in tensors.items()]
     # transformers refuses a file without this key. Source: transformers 5.23, modeling_utils.py (load_state_dict).
     layout = plan_layout(metas, {"format": "pt", **metadata})

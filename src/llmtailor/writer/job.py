@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..codecs import Component, Deviation
 from ..manifest import FileRecord, Manifest
 from ..storage import StagedCheckpoint, pad
+from .coded_images import Base, CodedImage
 from .images import LayerImage
 
-__all__ = ["LinkedFile", "SaveCost", "SaveJob", "WrittenLayer"]
+__all__ = ["LinkedFile", "SaveCost", "SaveJob", "WrittenCodes", "WrittenLayer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +24,29 @@ class LinkedFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenCodes:
+    """A codes file, and what it is."""
+
+    file: FileRecord
+    rest: str
+    base: Base
+    base_digest: str | None
+    """Of the weights file of an earlier step that they are relative to."""
+    deviations: Mapping[Component, Deviation]
+    """Those that are not exact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenLayer:
     """Records of the files a layer was written to."""
 
-    weights: FileRecord
+    weights: FileRecord | None
+    """None if its earlier plain files stay, and ``codes`` are relative to them."""
     optimizer: FileRecord | None
     update_count: int | None
+    codes: WrittenCodes | None = None
+    reason: str | None = None
+    """Why it was written exactly although it was to be coded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +74,13 @@ class SaveJob:
     step: int
     staged: StagedCheckpoint
     """The attempt; the trainer's small files are in it already."""
-    images: Sequence[LayerImage]
+    images: Sequence[LayerImage | CodedImage]
     """Layers to write, held (see ``LayerImage.hold``)."""
-    plan_links: Callable[[], Sequence[LinkedFile]]
-    """Files to take over."""
+    find_base: Callable[[str], tuple[Path, FileRecord] | None]
+    """A layer's newest exact weights file: the checkpoint it is in, and its record; None if there is none. Called by
+    the thread that captures, when every earlier save of the run is published or has failed."""
+    plan_links: Callable[[Mapping[str, WrittenLayer]], Sequence[LinkedFile]]
+    """Files to take over, from the written layers by name."""
     build_manifest: Callable[[Mapping[str, WrittenLayer], Sequence[FileRecord], SaveCost], Manifest]
     """From the written layers by name, and the small files."""
     is_first: Callable[[], bool]
@@ -71,4 +93,7 @@ class SaveJob:
     @property
     def padded_nbytes(self) -> int:
         """What the files need of a pool."""
-        return sum(pad(file.nbytes) for image in self.images for file in image.files)
+        return sum(
+            sum(pad(file.nbytes) for file in image.files) if isinstance(image, LayerImage) else pad(image.nbytes)
+            for image in self.images
+        )

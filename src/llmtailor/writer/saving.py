@@ -14,10 +14,12 @@ import xxhash
 from ..errors import IntegrityError
 from ..manifest import FileRecord, Manifest
 from ..storage import StagedCheckpoint, StagedFile
+from .coded_images import CodedImage
+from .coding import EncodedLayer
 from .devices import Fences, fence
 from .handle import SaveHandle, SaveStats
 from .images import FileImage, LayerImage
-from .job import SaveCost, SaveJob, WrittenLayer
+from .job import SaveCost, SaveJob, WrittenCodes, WrittenLayer
 from .pool import HostPool, Piece
 from .watch import Watch, watch
 
@@ -63,7 +65,9 @@ class Saving:
         """Captured, and not written yet."""
         self._is_captured = False
         self._records: dict[tuple[str, str], FileRecord] = {}
-        files = [file for image in job.images for file in image.files]
+        self._encoded: dict[str, EncodedLayer | str] = {}
+        """Layers that were to be coded: the codes, or why they were written exactly."""
+        files = [file for image in job.images for file in image.sources]
         self._watches: Mapping[str, Sequence[Watch]] = {
             file.name: [watch(tensor) for tensor in file.referred] for file in files
         }
@@ -104,7 +108,8 @@ class Saving:
         return SaveStats(
             written_nbytes=manifest.written_nbytes,
             linked_nbytes=manifest.nbytes - manifest.written_nbytes,
-            num_layers_written=len(self.job.images),
+            num_layers_written=len(self.job.images) - self._num_coded,
+            num_layers_coded=self._num_coded,
             num_layers=len(manifest.layers),
             stall_secs=cost.stall_secs,
             capture_secs=cost.capture_secs,
@@ -132,7 +137,7 @@ class Saving:
         Raises:
             IntegrityError: kind ``changed-during-capture``.
         """
-        self._refuse([each for each in self._watches[file.name] if each.has_moved()], "was freed or moved")
+        self._refuse([each for each in self._watches.get(file.name, ()) if each.has_moved()], "was freed or moved")
 
     def check_unchanged(self) -> None:
         """Raise if a tensor was changed before it was copied, or while it was.
@@ -150,7 +155,7 @@ class Saving:
         names = {
             id(tensor): stored.name
             for image in self.job.images
-            for file in image.files
+            for file in image.sources
             for stored, tensor in zip(file.layout.tensors, file.tensors, strict=True)
         }
         raise IntegrityError(
@@ -198,16 +203,44 @@ class Saving:
         with self.condition:
             self._records[layer, name] = record
 
+    def note_encoded(self, layer: str, outcome: EncodedLayer | str) -> None:
+        """A layer that was to be coded is, or is not, and why. Called by the thread that captures."""
+        self._encoded[layer] = outcome
+
+    @property
+    def _num_coded(self) -> int:
+        return sum(isinstance(outcome, EncodedLayer) for outcome in self._encoded.values())
+
     def written_layers(self) -> Mapping[str, WrittenLayer]:
         """The files of all layers, when all are finished."""
         return {image.layer: self._written(image) for image in self.job.images}
 
-    def _written(self, image: LayerImage) -> WrittenLayer:
+    def _written(self, image: LayerImage | CodedImage) -> WrittenLayer:
+        if isinstance(image, LayerImage):
+            return self._written_exactly(image, None)
+        outcome = self._encoded[image.layer]
+        if isinstance(outcome, str):
+            return self._written_exactly(image.live, outcome)
+        return WrittenLayer(
+            weights=self._records.get((image.layer, image.live.weights.name)),
+            optimizer=None,
+            update_count=image.live.count_updates(),
+            codes=WrittenCodes(
+                file=self._records[image.layer, image.name],
+                rest=image.rest.text,
+                base=image.base,
+                base_digest=outcome.base_digest,
+                deviations=outcome.deviations,
+            ),
+        )
+
+    def _written_exactly(self, image: LayerImage, reason: str | None) -> WrittenLayer:
         optimizer = image.optimizer
         return WrittenLayer(
             weights=self._records[image.layer, image.weights.name],
             optimizer=None if optimizer is None else self._records[image.layer, optimizer.name],
             update_count=image.count_updates(),
+            reason=reason,
         )
 
 

@@ -1,0 +1,123 @@
+"""A layer that is to be written as codes: what its files will hold, as far as that is known before it is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+
+from ..codecs import BASE_KEY, CODES_KEY, Component, Rest, StoredCodes, component_of, record_codes
+from ..state_keys import NOTES_KEY
+from .images import FileImage, LayerImage, plan_image, weights_image
+
+__all__ = ["Base", "CodedImage", "code_layer", "codes_image", "rounded_image"]
+
+Base: TypeAlias = Literal["exact", "rounded", "none"]
+"""What the weights file is to the codes; see ``EncodingRecord``."""
+
+# Codes that are hardly smaller than the layer are not worth being inexact.
+_MAX_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedImage:
+    """The codes of a layer, planned."""
+
+    live: LayerImage
+    """The layer as it would be written exactly: what is encoded, and what is written if that fails."""
+    rest: Rest
+    codes: Mapping[str, StoredCodes]
+    """By key: what the codes file is to hold."""
+
+    @property
+    def layer(self) -> str:
+        return self.live.layer
+
+    @property
+    def sources(self) -> tuple[FileImage, ...]:
+        """Live tensors, as the files they would be exactly."""
+        return self.live.files
+
+    @property
+    def base(self) -> Base:
+        if self.rest.is_relative:
+            return "exact"
+        return "rounded" if any(each.base == "rounded" for each in self.codes.values()) else "none"
+
+    @property
+    def name(self) -> str:
+        """Of the codes file."""
+        return f"codes/{self.stem}.safetensors"
+
+    @property
+    def stem(self) -> str:
+        return self.live.weights.name.removeprefix("model-").removesuffix(".safetensors")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all files that are written unless encoding fails."""
+        return (self.name,) if self.base == "exact" else (self.live.weights.name, self.name)
+
+    @property
+    def nbytes(self) -> int:
+        """About what is written."""
+        codes = sum(each.nbytes for each in self.codes.values())
+        return codes if self.base == "exact" else codes + self.weights_nbytes
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Of the weights file, if it is written anew."""
+        halved = sum(each.meta.nbytes // 2 for each in self.codes.values() if each.base == "rounded")
+        return self.live.weights.nbytes - halved
+
+    def hold(self) -> CodedImage:
+        """As ``LayerImage.hold``."""
+        return replace(self, live=self.live.hold())
+
+    def tensors(self) -> Iterator[tuple[str, StoredCodes, torch.Tensor]]:
+        """What is to be encoded, weights in file order first."""
+        for file in self.sources:
+            for stored, tensor in zip(file.layout.tensors, file.tensors, strict=True):
+                if stored.name in self.codes:
+                    yield stored.name, self.codes[stored.name], tensor
+
+
+def code_layer(live: LayerImage, rest: Rest) -> CodedImage | None:
+    """Plan the codes of a layer; None if they would not be worth it."""
+    planned: dict[str, StoredCodes] = {}
+    for file in live.files:
+        for stored in file.layout.tensors:
+            codes = rest.codes_for(stored.name, stored.meta)
+            # Weights that go into the weights file as they are need no place in the codes file.
+            is_there = component_of(stored.name) is Component.WEIGHTS and not rest.is_relative
+            if not is_there or codes.base == "rounded":
+                planned[stored.name] = codes
+    coded = CodedImage(live=live, rest=rest, codes=planned)
+    return coded if coded.nbytes < _MAX_SHARE * live.nbytes else None
+
+
+def codes_image(
+    coded: CodedImage, codes: Mapping[str, StoredCodes], arrays: Mapping[str, torch.Tensor], base: str | None
+) -> FileImage:
+    """The codes file.
+
+    Args:
+        coded: The layer, planned.
+        codes: By key, as it was encoded in the end.
+        arrays: By name in the file.
+        base: Digest of the weights file they are relative to.
+    """
+    optimizer = coded.live.optimizer
+    notes = None if optimizer is None else optimizer.layout.metadata.get(NOTES_KEY)
+    told = {CODES_KEY: record_codes(codes), NOTES_KEY: notes, BASE_KEY: base}
+    metadata = {key: text for key, text in told.items() if text is not None}
+    return plan_image(coded.name, arrays, metadata, are_lazy=())
+
+
+def rounded_image(coded: CodedImage, rounded: Mapping[str, torch.Tensor]) -> FileImage:
+    """The weights file whose coded tensors are rounded; by fqn."""
+    weights = coded.live.weights
+    pairs = zip(weights.layout.tensors, weights.tensors, strict=True)
+    return weights_image(coded.stem, {stored.name: rounded.get(stored.name, tensor) for stored, tensor in pairs})
