@@ -171,6 +171,10 @@ class FakeLayer:
     num_updates: int
 
     @property
+    def sources(self) -> tuple[FakeFile, ...]:
+        return self.files
+
+    @property
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
 

@@ -209,7 +209,7 @@ class Engine:
             self._wait_for_earlier(saving)
         reader = FileReader(lambda: saving.has_failed) if is_coded else None
         for image in saving.job.images:
-            files = image.files if isinstance(image, LayerImage) else self._encode(saving, image, reader)
+            files = self._encode(saving, image, reader) if isinstance(image, CodedImage) else image.files
             for file in files:
                 self._capture_file(saving, GrowingFile(saving, image.layer, file), file)
         self._lanes.synchronize()

@@ -94,6 +94,6 @@ class SaveJob:
     def padded_nbytes(self) -> int:
         """What the files need of a pool."""
         return sum(
-            sum(pad(file.nbytes) for file in image.files) if isinstance(image, LayerImage) else pad(image.nbytes)
+            pad(image.nbytes) if isinstance(image, CodedImage) else sum(pad(file.nbytes) for file in image.files)
             for image in self.images
         )

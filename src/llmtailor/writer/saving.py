@@ -216,7 +216,7 @@ class Saving:
         return {image.layer: self._written(image) for image in self.job.images}
 
     def _written(self, image: LayerImage | CodedImage) -> WrittenLayer:
-        if isinstance(image, LayerImage):
+        if not isinstance(image, CodedImage):
             return self._written_exactly(image, None)
         outcome = self._encoded[image.layer]
         if isinstance(outcome, str):
