@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import IncompleteError
 from .formats.tailored import read_manifest
-from .manifest import Manifest
+from .manifest import EncodingRecord, LayerRecord, Manifest
 
-__all__ = ["Checkpoint", "describe_layers", "open_checkpoint", "require_optimizer", "summarize_steps"]
+__all__ = [
+    "Checkpoint",
+    "LayerGroup",
+    "describe_layers",
+    "open_checkpoint",
+    "require_optimizer",
+    "summarize_steps",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +29,22 @@ class Checkpoint:
     manifest: Manifest
     digest: str
     """Of the manifest; the next checkpoint is chained to it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGroup:
+    """Layers of a checkpoint whose states are of one step, and all exact or all codes of one policy."""
+
+    step: int
+    """Whose state a resume finds."""
+    names: tuple[str, ...]
+    """In model order; consecutive blocks are joined (``layers.0-3``)."""
+    rest: str | None
+    """The policy; None if the layers are exact."""
+    exact_steps: tuple[int, ...]
+    """Of the exact files that lie beside codes, ascending, each once."""
+    errors: Mapping[str, float]
+    """Component -> the largest relative L2 error of a layer; components that are exact in all are left out."""
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -49,31 +73,78 @@ def require_optimizer(checkpoint: Checkpoint) -> None:
         )
 
 
-def summarize_steps(manifest: Manifest) -> dict[int, list[str]]:
-    """Layers by the step at which they were saved, newest first; consecutive blocks are joined (``layers.0-3``)."""
-    by_step: dict[int, list[str]] = defaultdict(list)
-    runs: dict[int, tuple[str, int, int]] = {}
+def summarize_steps(manifest: Manifest) -> tuple[LayerGroup, ...]:
+    """Layers by the step of their states, newest first, and by what they are: exact ones first, then codes."""
+    grouped: dict[tuple[int, str], list[LayerRecord]] = defaultdict(list)
     for layer in manifest.layers:
-        names = by_step[layer.step]
-        stack, first, last = runs.get(layer.step, ("", 0, 0))
-        if layer.stack is not None and layer.index is not None and layer.stack == stack and layer.index == last + 1:
-            names[-1] = f"{stack}.{first}-{layer.index}"
-            runs[layer.step] = (stack, first, layer.index)
-        else:
-            names.append(layer.name)
-            if layer.stack is not None and layer.index is not None:
-                runs[layer.step] = (layer.stack, layer.index, layer.index)
-            else:
-                runs.pop(layer.step, None)
-    return dict(sorted(by_step.items(), reverse=True))
+        grouped[-layer.state_step, "" if layer.encoding is None else layer.encoding.rest].append(layer)
+    return tuple(
+        LayerGroup(
+            step=-newness,
+            names=tuple(_join_blocks(layers)),
+            rest=rest or None,
+            exact_steps=tuple(
+                sorted({each.step for each in layers if each.encoding and each.encoding.base == "exact"})
+            ),
+            errors=_worst_errors([each.encoding for each in layers if each.encoding is not None]),
+        )
+        for (newness, rest), layers in sorted(grouped.items())
+    )
+
+
+def _join_blocks(layers: Sequence[LayerRecord]) -> list[str]:
+    names: list[str] = []
+    stack, first, last = None, 0, 0
+    for layer in layers:
+        if layer.stack is not None and layer.stack == stack and layer.index == last + 1:
+            last = layer.index
+            names[-1] = f"{stack}.{first}-{last}"
+            continue
+        names.append(layer.name)
+        stack = layer.stack
+        if layer.index is not None:
+            first = last = layer.index
+    return names
+
+
+def _worst_errors(encodings: Iterable[EncodingRecord]) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for encoding in encodings:
+        for component, error in encoding.errors.items():
+            worst[component] = max(error.l2, worst.get(component, 0.0))
+    return worst
 
 
 def describe_layers(checkpoint: Checkpoint) -> str:
-    """Which step each layer of a checkpoint is of, for people."""
+    """Which step the state of each layer of a checkpoint is of, and how near to it codes are, for people."""
     manifest = checkpoint.manifest
     lines = [f"resuming from {checkpoint.path} (step {manifest.step})"]
-    for step, names in summarize_steps(manifest).items():
-        staleness = manifest.step - step
+    for group in summarize_steps(manifest):
+        staleness = manifest.step - group.step
         age = "newest" if staleness == 0 else f"{staleness} steps old"
-        lines.append(f"  step {step:>7} ({age}): {', '.join(names)}")
+        codes = "" if group.rest is None else f", {_describe_codes(group, manifest)}"
+        lines.append(f"  step {group.step:>7} ({age}{codes}): {', '.join(group.names)}")
     return "\n".join(lines)
+
+
+def _describe_codes(group: LayerGroup, manifest: Manifest) -> str:
+    """``as q8 codes, exact 100 steps ago; weights within 2.1e-05, moments 0.6 %, 2.3 %``: of each the worst."""
+    rest = group.rest or ""
+    text = f"as {rest}" if rest.startswith("codes(") else f"as {rest} codes"
+    if group.exact_steps:
+        ages = sorted({manifest.step - step for step in (group.exact_steps[-1], group.exact_steps[0])})
+        text += f", exact {' to '.join(map(str, ages))} {'step' if ages[-1] == 1 else 'steps'} ago"
+    weights = group.errors.get("weights")
+    text += "; weights exact" if weights is None else f"; weights within {weights:.2g}"
+    moments = {name: group.errors[name] for name in ("first", "second") if name in group.errors}
+    if moments:
+        name = "moments" if len(moments) == 2 else f"{next(iter(moments))} moments"
+        text += f", {name} {', '.join(map(_percent, moments.values()))}"
+    elif manifest.contents == "full":
+        text += ", moments exact"
+    return text
+
+
+def _percent(share: float) -> str:
+    """Two digits, and no exponent where it is large."""
+    return f"{100 * share:.0f} %" if share > 0.995 else f"{100 * share:.2g} %"

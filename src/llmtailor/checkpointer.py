@@ -89,7 +89,7 @@ class Checkpointer:
         directory: The run.
         strategy: Which layers a save writes: text, object, or a callable.
         keep: How many checkpoints to keep; None keeps all.
-        keep_consistent: Never remove the newest checkpoint whose layers are all of one step.
+        keep_consistent: Never remove the newest checkpoint whose layers are all of one step, exactly.
         split_experts: Every expert is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
         filesystem: For tests.

@@ -54,7 +54,7 @@ def find_resumable(
     Args:
         runs: The run, held for writing; or several directories that hold the same run, the preferred one first.
             Of those after the first only checkpoints of the first one's run are taken.
-        consistent: Take only a checkpoint whose layers are all of one step.
+        consistent: Take only a checkpoint whose layers are all of one step, exactly.
         max_rollback_steps: Refuse to fall further back than this behind the newest checkpoint ever published.
 
     Returns:
@@ -314,7 +314,7 @@ def _name_superseded(run: Path) -> None:
 def _find_missing(manifest: Manifest, *, consistent: bool) -> str | None:
     if manifest.contents != "full":
         return "optimizer state"
-    return "layers of one step" if consistent and not manifest.is_consistent else None
+    return "exact layers of one step" if consistent and not manifest.is_consistent else None
 
 
 def _none_left(run: Path, bad: Sequence[str], unfit: Sequence[str], *, consistent: bool) -> TailorError:
@@ -324,7 +324,7 @@ def _none_left(run: Path, bad: Sequence[str], unfit: Sequence[str], *, consisten
             "no checkpoint of the run can be resumed from as asked",
             kind="no-consistent" if consistent else "weights-only",
             path=run,
-            expected="one with layers of one step" if consistent else "one with optimizer state",
+            expected="one with exact layers of one step" if consistent else "one with optimizer state",
             found=found,
             hint="resume without consistent=True; from_pretrained loads checkpoints that hold weights alone",
         )

@@ -143,6 +143,35 @@ def rewrite_manifest(
 
 
 @pytest.fixture
+def coded_run(run: Path, rewrite_manifest: Callable[[Path, Callable[[dict[str, Any]], None]], None]) -> Path:
+    """A run whose newest checkpoint says that three layers are codes: two beside files of step 4, one without such."""
+    checkpoint = run / "checkpoint-5"
+    (checkpoint / "codes").mkdir()
+
+    def encode(layer: dict[str, Any], nbytes: int, **changes: Any) -> None:
+        path = f"codes/{layer['weights']['path'].removeprefix('model-')}"
+        (checkpoint / path).write_bytes(bytes(nbytes))
+        codes = {"path": path, "bytes": nbytes, "digest": digest_of(bytes(nbytes))}
+        fields = {"step": 5, "save_index": 4, "update_count": 5, "rest": "q8", "base": "exact", "codes": codes}
+        layer.update(reason="coded", encoding=fields | changes)
+
+    def encode_layers(fields: dict[str, Any]) -> None:
+        layers = {layer["name"]: layer for layer in fields["layers"]}
+        assert {name for name, layer in layers.items() if layer["step"] == 4} == {
+            *("embed_tokens", "layers.1", "layers.3")
+        }
+        moments = {"first": {"l2": 0.00601, "max": 0.004}, "second": {"l2": 0.0228, "max": 0.05}}
+        encode(layers["layers.1"], 1200, errors={"weights": {"l2": 2.096e-05, "max": 3e-05}, **moments})
+        encode(layers["layers.3"], 1300, errors={"weights": {"l2": 1.5e-05, "max": 3e-05}, **moments})
+        layers["embed_tokens"].update(step=5, save_index=4, update_count=None, optimizer=None)
+        errors = {"first": {"l2": 0.25, "max": 0.1}}
+        encode(layers["embed_tokens"], 900, rest="compact", base="none", errors=errors)
+
+    rewrite_manifest(checkpoint, encode_layers)
+    return run
+
+
+@pytest.fixture
 def half_checkpoint(run: Path) -> Path:
     """A checkpoint without its manifest."""
     (run / "checkpoint-5" / MANIFEST_NAME).unlink()

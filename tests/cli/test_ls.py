@@ -41,13 +41,54 @@ def test_ls_json_is_a_record_for_each_checkpoint(run: Path, llmtailor_json: Comm
         "contents": "full",
         "strategy": "parity()",
         "num_layers_written": 4,
+        "num_layers_coded": 0,
         "num_layers": 6,
         "max_staleness": 1,
         "is_consistent": False,
+        "is_current": False,
         "bytes": 0,
         "written_bytes": 0,
         "new_bytes": 0,
     }
+
+
+def test_ls_counts_codes_apart_from_what_is_stale_and_what_is_exact(coded_run: Path, llmtailor: Command) -> None:
+    lines = llmtailor("ls", coded_run).stdout.splitlines()
+    assert re.match(r"step  created \(UTC\)     layers  coded  stale  consistent", lines[0])
+    assert [line.split()[3:7] for line in lines[1:6]] == [
+        ["6/6", "0", "0", "yes"],
+        ["4/6", "0", "1", "no"],
+        ["3/6", "0", "1", "no"],
+        ["4/6", "0", "1", "no"],
+        ["3/6", "3", "0", "no"],
+    ]
+
+
+def test_ls_has_no_column_for_codes_where_there_are_none(run: Path, llmtailor: Command) -> None:
+    assert "coded" not in llmtailor("ls", run).stdout
+
+
+def test_ls_keeps_its_columns_in_the_row_of_a_damaged_manifest(
+    coded_run: Path, llmtailor: Command, damage_file: Command
+) -> None:
+    damage_file(coded_run / "checkpoint-3" / "tailor.json")
+    lines = llmtailor("ls", coded_run).stdout.splitlines()
+    assert re.fullmatch(r"   3  damaged +-      -      -  - +[\d.]+ kB", lines[3])
+    assert lines[3].index(" kB") == lines[2].index(" kB")
+
+
+def test_ls_json_tells_codes_from_exact_layers(coded_run: Path, llmtailor_json: Command) -> None:
+    records = llmtailor_json("ls", coded_run)
+    keys = ("num_layers_written", "num_layers_coded", "max_staleness", "is_consistent", "is_current", "state")
+    assert [tuple(record[key] for key in keys) for record in records[-2:]] == [
+        (4, 0, 1, False, False, "whole"),
+        (3, 3, 0, False, True, "whole"),
+    ]
+
+
+def test_ls_notices_that_codes_are_missing(coded_run: Path, llmtailor_json: Command) -> None:
+    (coded_run / "checkpoint-5" / "codes" / "layers.001.safetensors").unlink()
+    assert llmtailor_json("ls", coded_run)[-1]["detail"] == "missing: codes/layers.001.safetensors"
 
 
 def test_new_bytes_add_up_to_each_inode_once(run: Path, llmtailor_json: Command) -> None:

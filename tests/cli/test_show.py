@@ -100,6 +100,93 @@ def test_show_tells_drift_where_it_is_known(run: Path, llmtailor: Command, rewri
     assert re.search(r"reason +drift\n  embed_tokens .* 0.0125\n", llmtailor("show", run).stdout)
 
 
+def test_show_tells_where_layers_are_codes(coded_run: Path, llmtailor: Command) -> None:
+    text = llmtailor("show", coded_run).stdout
+    for pattern in (
+        r"^  consistent  no, 3 layers are codes, nothing is stale$",
+        r"^  embed_tokens  embedding     5      0        5 +[\d.]+ kB          -  coded$",
+        r"^  layers.0      block         5      0        5 +[\d.]+ kB +[\d.]+ kB  strategy$",
+        r"^  layers.1      block         5      0        5 +[\d.]+ kB +[\d.]+ kB  coded$",
+    ):
+        assert re.search(pattern, text, re.M), pattern
+    assert (
+        "\n\n"
+        "3 layers as codes\n"
+        "  layer         codes      size  exact of  err weights  err first  err second\n"
+        "  embed_tokens  compact   900 B         -            0       0.25           0\n"
+        "  layers.1      q8       1.2 kB         4      2.1e-05      0.006       0.023\n"
+        "  layers.3      q8       1.3 kB         4      1.5e-05      0.006       0.023\n"
+        "  total                  3.4 kB\n"
+        "\n"
+    ) in text
+
+
+def test_show_says_nothing_of_codes_where_there_are_none(run: Path, llmtailor: Command) -> None:
+    text = llmtailor("show", run).stdout
+    assert "as codes" not in text
+    assert "are codes" not in text
+
+
+@pytest.mark.parametrize(
+    ("coded", "stale", "answer"),
+    [
+        (["layers.1"], [], "no, 1 layer is codes, nothing is stale"),
+        (["layers.1", "layers.3"], ["layers.3"], "no, 2 layers are codes, the oldest layer is 1 step behind"),
+        (["layers.1"], ["layers.3"], "no, 1 layer is codes, the oldest layer is 1 step behind"),
+        ([], ["layers.3"], "no, the oldest layer is 1 step behind"),
+    ],
+)
+def test_show_tells_stale_from_coded(
+    coded_run: Path, llmtailor: Command, rewrite_manifest: Command, coded: list[str], stale: list[str], answer: str
+) -> None:
+    def change(fields: dict[str, Any]) -> None:
+        for layer in fields["layers"]:
+            if layer["name"] == "embed_tokens":
+                layer["encoding"] = None
+            elif layer["name"] in ("layers.1", "layers.3") and layer["name"] not in coded:
+                del layer["encoding"]
+                if layer["name"] not in stale:
+                    layer.update(step=5, save_index=4)
+            elif layer["name"] in stale:
+                layer["encoding"].update(step=4, save_index=3)
+
+    rewrite_manifest(coded_run / "checkpoint-5", change)
+    assert f"\n  consistent  {answer}\n" in llmtailor("show", coded_run).stdout
+
+
+def test_show_json_has_the_state_beside_the_files_and_the_codes_in_full(
+    coded_run: Path, llmtailor_json: Command
+) -> None:
+    record = llmtailor_json("show", coded_run)
+    assert (record["is_consistent"], record["is_current"], record["codes_bytes"]) == (False, True, 3400)
+    layers = {layer["name"]: layer for layer in record["layers"]}
+    keys = ("step", "state_step", "staleness", "update_count", "state_update_count", "codes_bytes")
+    assert {name: tuple(layer[key] for key in keys) for name, layer in layers.items()} == {
+        "embed_tokens": (5, 5, 0, None, 5, 900),
+        "layers.0": (5, 5, 0, 5, 5, None),
+        "layers.1": (4, 5, 0, 4, 5, 1200),
+        "layers.2": (5, 5, 0, 5, 5, None),
+        "layers.3": (4, 5, 0, 4, 5, 1300),
+        "norm": (5, 5, 0, 5, 5, None),
+    }
+    assert layers["layers.0"]["encoding"] is None
+    encoding = layers["layers.1"]["encoding"]
+    assert encoding["codes"]["path"] == "codes/layers.001.safetensors"
+    assert (encoding["rest"], encoding["base"], encoding["step"]) == ("q8", "exact", 5)
+    assert encoding["errors"] == {
+        "weights": {"l2": 2.096e-05, "max": 3e-05},
+        "first": {"l2": 0.00601, "max": 0.004},
+        "second": {"l2": 0.0228, "max": 0.05},
+    }
+
+
+def test_show_json_of_layers_that_are_stale_is_not_current(run: Path, llmtailor_json: Command) -> None:
+    assert [llmtailor_json("show", run / name)["is_current"] for name in ("checkpoint-1", "checkpoint-5")] == [
+        True,
+        False,
+    ]
+
+
 def test_show_of_the_first_checkpoint_has_no_parent(run: Path, llmtailor: Command) -> None:
     text = llmtailor("show", run / "checkpoint-1").stdout
     assert "parent      none, the first of its run" in text

@@ -18,6 +18,7 @@ from llmtailor.strategies import (
     Full,
     LayerStatus,
     Parity,
+    RoundRobin,
     SaveContext,
     Strategy,
     choose_layers,
@@ -232,6 +233,7 @@ STRATEGIES = st.one_of(
     st.builds(Full),
     st.builds(Parity, max_age=MAX_AGE),
     FILTERS,
+    st.builds(RoundRobin, st.integers(1, 20), max_age=MAX_AGE),
     st.builds(Custom, st.just(nothing), st.integers(1, 300)),
 )
 GAPS = st.lists(st.integers(0, 200), min_size=1, max_size=15)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtailor.errors import InvalidInputError
-from llmtailor.strategies import Custom, Filter, Full, Parity, SaveContext, Strategy, parse_strategy
+from llmtailor.strategies import Custom, Filter, Full, Parity, RoundRobin, SaveContext, Strategy, parse_strategy
 
 
 def choose_all(context: SaveContext) -> Iterable[str]:
@@ -30,6 +30,9 @@ def choose_all(context: SaveContext) -> Iterable[str]:
         ("filter(2, 3, 4, max_age=9)", Filter(first=2, last=3, every=4, max_age=9)),
         ("filter(0, every=1)", Filter(first=0, every=1)),
         ("filter(\n  first=1_0,\n)", Filter(first=10)),
+        ("round_robin", RoundRobin(n=10)),
+        ("round_robin(4)", RoundRobin(n=4)),
+        ("round_robin(n=4, max_age=9)", RoundRobin(n=4, max_age=9)),
     ],
 )
 def test_parse_strategy_reads_names_and_calls(text: str, strategy: Strategy) -> None:
@@ -44,6 +47,8 @@ def test_parse_strategy_reads_names_and_calls(text: str, strategy: Strategy) -> 
         (Parity(max_age=500), "parity(max_age=500)"),
         (Filter(), "filter(first=2, last=2, every=5)"),
         (Filter(every=3, max_age=7), "filter(first=2, last=2, every=3, max_age=7)"),
+        (RoundRobin(), "round_robin(n=10)"),
+        (RoundRobin(3, max_age=7), "round_robin(n=3, max_age=7)"),
         (Custom(choose_all, max_age=50), "custom(choose_all, max_age=50)"),
     ],
 )
@@ -87,7 +92,11 @@ def test_parse_strategy_makes_functions_custom() -> None:
         ("parity" + " " * 10_000, "strategy-syntax", "10006 characters"),
         ("pairity", "unknown-strategy", r"did you mean parity\?"),
         ("Filter(2)", "unknown-strategy", r"did you mean filter\?"),
-        ("drift(3)", "unknown-strategy", "filter, full, parity"),
+        ("drift(3)", "unknown-strategy", "filter, full, parity, round_robin"),
+        ("Round_Robin(3)", "unknown-strategy", r"did you mean round_robin\?"),
+        ("roundrobin", "unknown-strategy", r"did you mean round_robin\?"),
+        ("round-robin", "strategy-syntax", r"did you mean round_robin\?"),
+        (" Round-Robin(n=3)", "strategy-syntax", r"did you mean round_robin\?"),
         ("custom(choose_all, max_age=50)", "unknown-strategy", "pass the function itself"),
         ("filter(frist=2)", "unknown-argument", r"did you mean first\?"),  # codespell:ignore
         ("full(max_age=2)", "unknown-argument", "no arguments"),
@@ -105,6 +114,10 @@ def test_parse_strategy_makes_functions_custom() -> None:
         ("filter(last=-1)", "argument-range", "last"),
         ("filter(every=0)", "argument-range", "at least 1"),
         ("parity(max_age=0)", "argument-range", "max_age"),
+        ("round_robin(3, 4)", "unknown-argument", "1 arguments"),
+        ("round_robin(k=3)", "unknown-argument", "n, max_age"),
+        ("round_robin(0)", "argument-range", "at least 1"),
+        ("round_robin(max_age=0)", "argument-range", "max_age"),
     ],
 )
 def test_parse_strategy_refuses(text: str, kind: str, said: str) -> None:
@@ -127,6 +140,7 @@ STRATEGIES = st.one_of(
     st.just(Full()),
     st.builds(Parity, max_age=MAX_AGE),
     st.builds(Filter, st.integers(0), st.integers(0), st.integers(1), max_age=MAX_AGE),
+    st.builds(RoundRobin, st.integers(1), max_age=MAX_AGE),
 )
 
 
@@ -135,7 +149,7 @@ def test_parse_strategy_reads_back_text(strategy: Strategy) -> None:
     assert parse_strategy(strategy.text) == strategy
 
 
-@given(st.text(max_size=40) | st.text("filterparity(),=12 -'first", max_size=30))
+@given(st.text(max_size=40) | st.text("filterparity_robin(),=12 -'first", max_size=30))
 def test_parse_strategy_raises_nothing_else(text: str) -> None:
     try:
         strategy = parse_strategy(text)

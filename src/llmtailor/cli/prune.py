@@ -23,7 +23,7 @@ def prune(
         int | None, typer.Option(min=1, help="Keep this many checkpoints, the newest first.", show_default=False)
     ] = None,
     keep_consistent: Annotated[
-        bool, typer.Option(help="Keep the newest checkpoint whose layers are all of one step.")
+        bool, typer.Option(help="Keep the newest checkpoint whose layers are all of one step, exactly.")
     ] = True,
     pin: Annotated[list[int] | None, typer.Option(metavar="STEP", help="Keep this step; may be repeated.")] = None,
     bad: Annotated[bool, typer.Option("--bad", help="Remove quarantined checkpoints (*.bad) too.")] = False,

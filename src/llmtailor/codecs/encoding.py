@@ -24,9 +24,9 @@ _HALF = BLOCK_NUMEL // 2
 
 Encoded: TypeAlias = tuple[torch.Tensor, ...]
 """The arrays of a strip in the order of ``StoredCodes.arrays``, flat; of ``tail`` then the BF16 rounding that they are
-relative to; at last the measures: F32 [5], see ``_measure``. BF16 and U16 as the bits of an int16."""
+relative to; at last the measures: F32 [5], see ``_measure``. Scales, lows and steps as the bits of an int16."""
 Kernel: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], Encoded]
-"""Values (flat, whole blocks; F32, BF16 or F16) and, of ``delta``, what they are relative to (flat, as many)."""
+"""Values (whole blocks, flat or a row a block; F32, BF16 or F16) and, of ``delta``, what they are relative to."""
 
 
 def _upper(values: torch.Tensor) -> torch.Tensor:
@@ -38,22 +38,22 @@ def _float_of(bits: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.float32)
 
 
-def _half(bits: torch.Tensor) -> torch.Tensor:
-    """Bits of F32 as those of the nearest BF16, ties to even, as F32; int32.
+def _nearest_bf16(bits: torch.Tensor) -> torch.Tensor:
+    """Bits of F32 as those of the nearest BF16 number (ties to even); int32.
 
-    In integers, since torch.compile takes a conversion to BF16 and back for none at all. Source: torch 2.13,
-    _inductor/fx_passes/joint_graph.py (pointless_convert).
+    Not by a conversion to BF16 and back, which torch.compile leaves out. Source: torch 2.13,
+    _inductor/config.py (emulate_precision_casts).
     """
     return (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
 
 
 def _as_decoded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """F32 as they are when they have been rounded to the tensor's own type; what F16 cannot hold is infinite."""
+    """F32 as they are once rounded to the tensor's own type; what F16 cannot hold becomes infinite."""
     if dtype == torch.float32:
         return values
     bits = values.view(torch.int32)
     if dtype == torch.bfloat16:
-        return _float_of(_half(bits))
+        return _float_of(_nearest_bf16(bits))
     magnitude = values.abs()
     normal = _float_of((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000)
     small = torch.round(values * 2.0**24) * 2.0**-24
@@ -84,7 +84,7 @@ def _linear(values: torch.Tensor, base: torch.Tensor | None, levels: int) -> Enc
     scales = _upper(blocks.abs().amax(1) / levels)
     steps = _float_of(scales << 16)[:, None]
     codes = torch.round(blocks / torch.where(steps > 0, steps, 1.0))
-    decoded = (codes * steps).view(-1)
+    decoded = (codes * steps).view_as(values)
     errors = _as_decoded(decoded if base is None else decoded + base, dtype) - values
     stored = codes.to(torch.int8) if levels > 7 else _pack(codes.to(torch.int32) + 8)
     return stored.view(-1), scales.to(torch.int16), _measure(values, errors, errors.abs().amax())
@@ -95,12 +95,13 @@ def _logarithmic(values: torch.Tensor, levels: int, shift: int) -> Encoded:
     blocks = values.float().view(-1, BLOCK_NUMEL)
     # Reductions of floats are vectorized where those of integers are not; numbers >= 0 have the order of their bits.
     lows = torch.where(blocks == 0, 1e38, blocks).amin(1).view(torch.int32) >> 16
+    lows = lows.clamp_min(1)  # else the first code would be another zero, for what is below any BF16
     span = (blocks.amax(1).abs().view(torch.int32) - (lows << 16)).clamp_min(0)  # abs(): of zeros, -0 may be largest
     unit = (levels - 1) << shift
     steps = (span // unit) + (span % unit > 0).to(torch.int32)
     low, step = (lows << 16)[:, None], (steps << shift)[:, None]
     places = torch.round((blocks.view(torch.int32) - low).float() * (1.0 / step.clamp_min(1).float()))
-    places = torch.maximum(places, (low == 0).float())  # a denormal that is near 0 stays a number
+    places = places.clamp_min(0)
     decoded = torch.where(blocks == 0, 0.0, _as_decoded(_float_of(low + places.to(torch.int32) * step), values.dtype))
     codes = torch.where(blocks == 0, 0.0, places + 1)
     # In units in the last place of an F32.
@@ -116,12 +117,14 @@ def _logarithmic(values: torch.Tensor, levels: int, shift: int) -> Encoded:
 def _tail(values: torch.Tensor, levels: int, shift: int) -> Encoded:
     """What BF16 leaves of an F32, in its last bits; between the codes and the measures stands the BF16."""
     bits = values.view(torch.int32)
-    rounded = _half(bits)
+    rounded = _nearest_bf16(bits)
     rest = (bits - rounded).float()
-    codes = torch.floor(rest * (1.0 / (1 << shift)) + 0.5).clamp(-levels - 1, levels).to(torch.int32)
-    errors = _float_of(rounded + codes * (1 << shift)) - values
-    stored = codes.to(torch.int8) if levels > 7 else _pack((codes + 8).view(-1, BLOCK_NUMEL))
-    return stored.view(-1), (rounded >> 16).to(torch.int16).view(-1), _measure(values, errors, errors.abs().amax())
+    codes = torch.floor(rest * (1.0 / (1 << shift)) + 0.5).clamp(-levels - 1, levels)
+    errors = _float_of(rounded + codes.to(torch.int32) * (1 << shift)) - values
+    # From F32, which is vectorized where it is not from I32.
+    stored = codes.to(torch.int8) if levels > 7 else _pack((codes + 8).to(torch.int32).view(-1, BLOCK_NUMEL))
+    halves = values.to(torch.bfloat16).view(-1)
+    return stored.view(-1), halves, _measure(values, errors, errors.abs().amax())
 
 
 KERNELS: Mapping[str, Kernel] = {

@@ -27,6 +27,8 @@ KernelKey: TypeAlias = tuple[str, torch.dtype, torch.device]
 _MIN_COMPILED_NUMEL = 2**24
 # A strip and what is made of it stay in the second-level cache; on a GPU launches must not count.
 _HOST_STRIP_NUMEL = 2**18
+# Smaller strips are few, and torch would compile for some of them anew.
+_MIN_FUSED_NUMEL = 2**14
 _DEVICE_STRIP_NUMEL = 2**22
 # torch does so much on the calling thread: a second team of threads beside the one that trains would slow both down.
 # Source: torch 2.13, aten/src/ATen/TensorIterator.h (GRAIN_SIZE).
@@ -56,7 +58,9 @@ class Kernels:
         try:
             self._fused = {key: _compile(key) for key in sorted(set(keys), key=str)}
         except Exception as err:  # no compiler, or one that fails: torch raises whatever it likes
-            logger.warning("codes are made without torch.compile, which is slower: %s", str(err).partition("\n")[0])
+            # The first line of a BackendCompilerFailed does not say what failed.
+            cause = str(getattr(err, "inner_exception", err)).partition("\n")[0]
+            logger.warning("codes are made without torch.compile, which is slower: %s", cause)
 
     @property
     def are_fused(self) -> bool:
@@ -66,17 +70,13 @@ class Kernels:
         """How many elements to encode at a time; whole blocks."""
         if device.type == "cpu" and not self._fused:
             return _REFERENCE_STRIP_NUMEL
-        return _fused_numel(device)
+        return _HOST_STRIP_NUMEL if device.type == "cpu" else _DEVICE_STRIP_NUMEL
 
     def get(self, codec: str, values: torch.Tensor) -> Kernel:
-        """The kernel for a strip; one that is not as long as most takes the reference."""
-        is_whole = values.numel() == _fused_numel(values.device)
-        fused = self._fused.get((codec, values.dtype, values.device)) if is_whole else None
-        return KERNELS[codec] if fused is None else fused
-
-
-def _fused_numel(device: torch.device) -> int:
-    return _HOST_STRIP_NUMEL if device.type == "cpu" else _DEVICE_STRIP_NUMEL
+        """The kernel for a strip."""
+        if values.numel() < _MIN_FUSED_NUMEL:
+            return KERNELS[codec]
+        return self._fused.get((codec, values.dtype, values.device), KERNELS[codec])
 
 
 def _compile(key: KernelKey) -> Kernel:
@@ -84,8 +84,11 @@ def _compile(key: KernelKey) -> Kernel:
     codec, dtype, device = key
     # One thread: the others are the training's.
     options: dict[str, Any] | None = {"cpp.threads": 1} if device.type == "cpu" else None
-    fused: Kernel = torch.compile(KERNELS[codec], fullgraph=True, dynamic=False, options=options)
-    values = torch.ones(_fused_numel(device), dtype=dtype, device=device)
+    fused: Kernel = torch.compile(KERNELS[codec], fullgraph=True, options=options)
+    values = torch.ones(_HOST_STRIP_NUMEL // BLOCK_NUMEL, BLOCK_NUMEL, dtype=dtype, device=device)
+    base = values.clone() if codec.startswith("delta") else None
+    for each in (values, *([] if base is None else [base])):
+        torch._dynamo.mark_dynamic(each, 0)
     with torch.no_grad():
-        fused(values, values if codec.startswith("delta") else None)
+        fused(values, base)
     return fused

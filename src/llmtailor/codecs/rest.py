@@ -141,6 +141,9 @@ _PRESETS = {
     "compact4": Rest(weights="tail4", first="int4", second="log4"),
 }
 SKIP = "skip"
+# Longer than any rest, and far less than what exhausts Python's parser.
+_MAX_LENGTH = 200
+_HINT = 'write for example rest="q8"'
 _EXPECTED = f"{SKIP}, {', '.join(_PRESETS)}, or codes(weights=..., first=..., second=...)"
 
 
@@ -148,7 +151,7 @@ def parse_rest(value: str | Rest | None) -> Rest | None:
     """``rest`` as users write it; None means that layers which are not chosen are left as they are.
 
     Raises:
-        InvalidInputError: It is no such text.
+        InvalidInputError: Kind ``rest`` (no such text), ``rest-codec`` or ``rest-limit``.
     """
     if value is None or value == SKIP:
         return None
@@ -162,29 +165,33 @@ def parse_rest(value: str | Rest | None) -> Rest | None:
 
 
 def _parse_call(text: str) -> Rest:
+    text = text.strip()
     try:
-        call = ast.parse(text.strip(), mode="eval").body
+        if len(text) > _MAX_LENGTH:
+            raise SyntaxError("too long")
+        call = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         call = None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != "codes" or call.args:
-        near = difflib.get_close_matches(text, [SKIP, *_PRESETS], n=1)
-        raise _refuse("rest makes no sense", "rest", _EXPECTED, text, f"did you mean {near[0]}?" if near else None)
+        shown = text if len(text) <= _MAX_LENGTH else f"{text[:40]}... ({len(text)} characters)"
+        near = difflib.get_close_matches(shown.lower(), [SKIP, *_PRESETS], n=1)
+        raise _refuse("rest makes no sense", "rest", _EXPECTED, shown, f"did you mean {near[0]}?" if near else _HINT)
     names = {field.name for field in fields(Rest)}
-    values = {keyword.arg: _read_value(keyword.value) for keyword in call.keywords}
+    values = {keyword.arg: _read_value(keyword.value, text) for keyword in call.keywords}
     if len(values) != len(call.keywords) or not values.keys() <= names or not _CHOICES.keys() <= values.keys():
         expected = f"each of {', '.join(_CHOICES)} once, and limits: {', '.join(sorted(names - _CHOICES.keys()))}"
         raise _refuse("the arguments of codes make no sense", "rest", expected, text)
     return Rest(**values)  # type: ignore[arg-type]
 
 
-def _read_value(node: ast.expr) -> object:
+def _read_value(node: ast.expr, text: str) -> object:
     match node:
         case ast.Name(id=name):
             return name
         case ast.Constant(value=str() | int() | float() as value):
             return value
-    return ast.unparse(node)
+    return ast.get_source_segment(text, node)
 
 
-def _refuse(what: str, kind: str, expected: str, found: object, hint: str | None = None) -> InvalidInputError:
+def _refuse(what: str, kind: str, expected: str, found: object, hint: str = _HINT) -> InvalidInputError:
     return InvalidInputError(what, kind=kind, expected=expected, found=repr(found), hint=hint)

@@ -119,7 +119,7 @@ class _Reporter(TrainerCallback):
         step = state.global_step
         if step > 0:
             layers = open_checkpoint(self._run / checkpoint_name(step)).manifest.layers
-            self._emit(ResumedEvent(step=step, layer_steps={layer.name: layer.step for layer in layers}))
+            self._emit(ResumedEvent(step=step, layer_steps={layer.name: layer.state_step for layer in layers}))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]

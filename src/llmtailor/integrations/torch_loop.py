@@ -71,12 +71,13 @@ class Run:
         strategy: Which layers a save writes: ``"full"``, ``"parity"``, ``"filter(first=2)"``, an object, a callable.
         save_steps: ``step`` saves at multiples of this.
         keep: How many checkpoints to keep; None keeps all.
-        keep_consistent: Never remove the newest checkpoint whose layers are all of one step.
+        keep_consistent: Never remove the newest checkpoint whose layers are all of one step, exactly.
         state: More objects with ``state_dict``, by name.
         split_experts: Every expert of a block is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
-        **options: ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``, ``mirror_keep``,
-            ``durable``: see ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see ``PreemptionOptions``.
+        **options: ``rest``, ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``,
+            ``mirror_keep``, ``durable``: see ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see
+            ``PreemptionOptions``.
 
     Raises:
         InvalidInputError: An unknown strategy, an option that makes no sense, or a name in ``state`` that is taken.
@@ -152,7 +153,7 @@ class Run:
 
         Args:
             checkpoint: A checkpoint's directory; None takes the newest of this run.
-            consistent: Take only a checkpoint whose layers are all of one step.
+            consistent: Take only a checkpoint whose layers are all of one step, exactly.
             max_rollback_steps: Refuse to fall back further than this.
             random_state: Restore random numbers; False accepts that the run differs from here on.
 

@@ -69,10 +69,10 @@ class TailorOptions(EngineOptions, PreemptionOptions, total=False):
     strategy: str | Strategy | Callable[[SaveContext], Collection[str]]
     """Which layers a save writes; "full" by default."""
     keep_consistent: bool
-    """Never remove the newest checkpoint whose layers are all of one step; True by default. It counts towards
+    """Never remove the newest checkpoint whose layers are all of one step, exactly; True by default. It counts towards
     ``save_total_limit``."""
     consistent: bool
-    """Resume only from a checkpoint whose layers are all of one step; False by default."""
+    """Resume only from a checkpoint whose layers are all of one step, exactly; False by default."""
     max_rollback_steps: int | None
     """Refuse to resume from further back than this; None by default."""
     split_experts: bool

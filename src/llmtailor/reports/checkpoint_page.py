@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoint import Checkpoint
-from ..manifest import LayerRecord, Manifest, OptimizerRecord, SaveRecord, TensorRecord
+from ..manifest import EncodingRecord, LayerRecord, Manifest, OptimizerRecord, SaveRecord, TensorRecord
 from .units import format_bytes, format_number_of
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["CheckpointPage"]
+
+_COMPONENTS: tuple[Literal["weights", "first", "second"], ...] = ("weights", "first", "second")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,7 @@ class CheckpointPage:
             ),
             "strategy": manifest.strategy,
             "is_consistent": manifest.is_consistent,
+            "is_current": manifest.is_current,
             "world": manifest.world.model_dump(mode="json"),
             "writer": manifest.writer.model_dump(mode="json"),
             "save": None if manifest.save is None else manifest.save.model_dump(mode="json"),
@@ -49,6 +52,7 @@ class CheckpointPage:
             "written_bytes": manifest.written_nbytes,
             "weights_bytes": sum(layer.weights.bytes for layer in manifest.layers),
             "optimizer_bytes": sum(_optimizer_nbytes(layer) or 0 for layer in manifest.layers),
+            "codes_bytes": sum(_codes_nbytes(layer) or 0 for layer in manifest.layers),
             "layers": [_layer_record(layer, manifest.step) for layer in manifest.layers],
             "optimizers": [each.model_dump(mode="json", by_alias=True) for each in manifest.optimizers],
             "files": [each.model_dump(mode="json") for each in manifest.files],
@@ -65,6 +69,10 @@ class CheckpointPage:
         yield facts_table(_facts(manifest))
         yield heading(format_number_of(len(manifest.layers), "layer"))
         yield _layer_table(manifest)
+        coded = [(layer, layer.encoding) for layer in manifest.layers if layer.encoding is not None]
+        if coded:
+            yield heading(f"{format_number_of(len(coded), 'layer')} as codes")
+            yield _codes_table(coded)
         for optimizer in manifest.optimizers:
             yield heading(f"optimizer {optimizer.name}")
             yield facts_table(_group_facts(optimizer))
@@ -93,12 +101,19 @@ def _optimizer_nbytes(layer: LayerRecord) -> int | None:
     return None if layer.optimizer is None else layer.optimizer.bytes
 
 
+def _codes_nbytes(layer: LayerRecord) -> int | None:
+    return None if layer.encoding is None else layer.encoding.codes.bytes
+
+
 def _layer_record(layer: LayerRecord, step: int) -> dict[str, Any]:
     return {
         **layer.model_dump(mode="json", exclude={"weights", "optimizer"}),
-        "staleness": step - layer.step,
+        "state_step": layer.state_step,
+        "state_update_count": layer.state_update_count,
+        "staleness": step - layer.state_step,
         "weights_bytes": layer.weights.bytes,
         "optimizer_bytes": _optimizer_nbytes(layer),
+        "codes_bytes": _codes_nbytes(layer),
         "weights_path": layer.weights.path,
         "optimizer_path": None if layer.optimizer is None else layer.optimizer.path,
     }
@@ -106,17 +121,13 @@ def _layer_record(layer: LayerRecord, step: int) -> dict[str, Any]:
 
 def _facts(manifest: Manifest) -> Iterator[tuple[str, object]]:
     writer, parent = manifest.writer, manifest.parent
-    staleness = max((manifest.step - layer.step for layer in manifest.layers), default=0)
     trainable = _count_parameters(manifest, only_trainable=True)
     yield "step", manifest.step
     yield "created", f"{manifest.created[:19].replace('T', ' ')} UTC"
     yield "run", f"{manifest.run_id}, save {manifest.save_index + 1}"
     yield "parent", "none, the first of its run" if parent is None else f"step {parent.step}"
     yield "strategy", manifest.strategy
-    yield (
-        "consistent",
-        "yes" if manifest.is_consistent else f"no, the oldest layer is {format_number_of(staleness, 'step')} behind",
-    )
+    yield "consistent", "yes" if manifest.is_consistent else f"no, {_describe_inconsistency(manifest)}"
     yield "contents", "weights and optimizer" if manifest.contents == "full" else "weights only; not resumable"
     yield "parameters", f"{_count_parameters(manifest):,}, {trainable:,} of them trainable"
     yield "tied", "; ".join(f"{fqn} is {holder}" for fqn, holder in _ties(manifest).items()) or None
@@ -125,6 +136,15 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, object]]:
     yield "cost", None if manifest.save is None else _describe_cost(manifest.save)
     yield "writer", f"llmtailor {writer.llmtailor}, torch {writer.torch}, Python {writer.python}"
     yield "host", f"{writer.host}, process {writer.pid}, world size {manifest.world.size}"
+
+
+def _describe_inconsistency(manifest: Manifest) -> str:
+    staleness = max((manifest.step - layer.state_step for layer in manifest.layers), default=0)
+    num_coded = sum(layer.encoding is not None for layer in manifest.layers)
+    age = f"the oldest layer is {format_number_of(staleness, 'step')} behind" if staleness else "nothing is stale"
+    if not num_coded:
+        return age
+    return f"{format_number_of(num_coded, 'layer')} {'is' if num_coded == 1 else 'are'} codes, {age}"
 
 
 def _describe_cost(save: SaveRecord) -> str:
@@ -145,9 +165,9 @@ def _layer_table(manifest: Manifest) -> Table:
         row = [
             cell(f"  {layer.name}"),
             cell(layer.kind),
-            cell(layer.step),
-            cell(manifest.step - layer.step),
-            cell(layer.update_count),
+            cell(layer.state_step),
+            cell(manifest.step - layer.state_step),
+            cell(layer.state_update_count),
             cell(format_bytes(layer.weights.bytes)),
             cell(None if optimizer is None else format_bytes(optimizer)),
             cell(layer.reason),
@@ -156,6 +176,26 @@ def _layer_table(manifest: Manifest) -> Table:
     weights = sum(layer.weights.bytes for layer in manifest.layers)
     state = sum(_optimizer_nbytes(layer) or 0 for layer in manifest.layers)
     total = ("  total", "", "", "", "", format_bytes(weights), format_bytes(state))
+    table.add_row(*map(cell, total), style="bold")
+    return table
+
+
+def _codes_table(coded: list[tuple[LayerRecord, EncodingRecord]]) -> Table:
+    """A table of its own: its columns beside those of all layers would be wider than a terminal."""
+    from .tables import cell, plain_table
+
+    errors = (f">err {name}" for name in _COMPONENTS)
+    table = plain_table("  layer", "codes", ">size", ">exact of", *errors)
+    for layer, encoding in coded:
+        row = (
+            f"  {layer.name}",
+            encoding.rest,
+            format_bytes(encoding.codes.bytes),
+            layer.step if encoding.base == "exact" else None,
+            *(f"{encoding.errors[name].l2:.2g}" if name in encoding.errors else "0" for name in _COMPONENTS),
+        )
+        table.add_row(*map(cell, row))
+    total = ("  total", "", format_bytes(sum(encoding.codes.bytes for _, encoding in coded)))
     table.add_row(*map(cell, total), style="bold")
     return table
 

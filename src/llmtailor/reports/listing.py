@@ -13,19 +13,27 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["Listing", "max_staleness", "num_layers_written"]
+__all__ = ["Listing", "max_staleness", "num_layers_coded", "num_layers_written"]
 
 
 def num_layers_written(entry: RunEntry) -> int | None:
-    """Layers whose files the checkpoint's own save wrote."""
+    """Layers whose exact files the checkpoint's own save wrote."""
     manifest = entry.manifest
-    return None if manifest is None else sum(layer.step == manifest.step for layer in manifest.layers)
+    if manifest is None:
+        return None
+    return sum(layer.step == manifest.step and layer.encoding is None for layer in manifest.layers)
+
+
+def num_layers_coded(entry: RunEntry) -> int | None:
+    """Layers whose state is in codes."""
+    manifest = entry.manifest
+    return None if manifest is None else sum(layer.encoding is not None for layer in manifest.layers)
 
 
 def max_staleness(entry: RunEntry) -> int | None:
-    """Age in steps of the oldest layer."""
+    """Age in steps of the oldest layer's state."""
     manifest = entry.manifest
-    return None if manifest is None else max((manifest.step - layer.step for layer in manifest.layers), default=0)
+    return None if manifest is None else max((manifest.step - layer.state_step for layer in manifest.layers), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +90,11 @@ def _record(entry: RunEntry, seen: set[Inode]) -> dict[str, Any]:
         "contents": manifest and manifest.contents,
         "strategy": manifest and manifest.strategy,
         "num_layers_written": num_layers_written(entry),
+        "num_layers_coded": num_layers_coded(entry),
         "num_layers": manifest and len(manifest.layers),
         "max_staleness": max_staleness(entry),
         "is_consistent": manifest and manifest.is_consistent,
+        "is_current": manifest and manifest.is_current,
         "bytes": entry.nbytes,
         "written_bytes": manifest and manifest.written_nbytes,
         "new_bytes": sum(new.values()),
@@ -94,17 +104,24 @@ def _record(entry: RunEntry, seen: set[Inode]) -> dict[str, Any]:
 def _checkpoint_table(entries: tuple[RunEntry, ...]) -> Table:
     from .tables import cell, plain_table
 
-    table = plain_table(">step", "created (UTC)", ">layers", ">stale", "consistent", ">size", ">written", "strategy")
+    has_codes = any(num_layers_coded(entry) for entry in entries)
+    table = plain_table(
+        *(">step", "created (UTC)", ">layers"),
+        *([">coded"] if has_codes else []),
+        *(">stale", "consistent", ">size", ">written", "strategy"),
+    )
     for entry in entries:
         size = cell(format_bytes(entry.nbytes))
+        coded = [cell(num_layers_coded(entry))] if has_codes else []
         if entry.manifest is None:
-            table.add_row(cell(entry.step), cell("damaged", "red"), cell(None), cell(None), cell(None), size)
+            table.add_row(cell(entry.step), cell("damaged", "red"), cell(None), *coded, cell(None), cell(None), size)
             continue
         manifest = entry.manifest
         table.add_row(
             cell(entry.step),
             cell(manifest.created[:16].replace("T", " ")) if entry.state is State.WHOLE else cell("damaged", "red"),
             cell(f"{num_layers_written(entry)}/{len(manifest.layers)}"),
+            *coded,
             cell(max_staleness(entry)),
             cell("yes", "green") if manifest.is_consistent else cell("no"),
             size,

@@ -63,7 +63,9 @@ class CodedImage:
     @property
     def nbytes(self) -> int:
         """About what is written."""
-        codes = sum(each.nbytes for each in self.codes.values())
+        # The header of the codes file names what those of the layer's own files name.
+        headers = sum(len(file.layout.prefix) for file in self.sources)
+        codes = headers + sum(each.nbytes for each in self.codes.values())
         return codes if self.base == "exact" else codes + self.weights_nbytes
 
     @property

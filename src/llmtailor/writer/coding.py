@@ -9,8 +9,9 @@ the calling thread: what trains keeps the other cores.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..codecs import Component, Deviation, StoredCodes, array_name, component_of
 from ..codecs.encoding import KERNELS, pack_frame
 from ..codecs.kernels import KernelKey, Kernels
 from ..codecs.stored import BLOCK_NUMEL, FRAME_NUMEL
+from ..errors import WriteError
 from ..tensor_bytes import torch_dtype
 from .base_file import BaseFile
 from .coded_images import CodedImage, codes_image, rounded_image
@@ -34,6 +36,8 @@ __all__ = ["EncodedLayer", "LayerEncoder"]
 _LARGEST = 2.0**120
 # Level 1 packs nearly as well as 3 and twice as fast.
 _ZSTD_LEVEL = 1
+# After so many elements (and a strip) a tensor is looked at anew: is its memory still there?
+_CHECKED_NUMEL = 2**21
 # Tensors of the scratch start at multiples of this, as every element type needs it.
 _ALIGNMENT = 64
 
@@ -87,24 +91,32 @@ class LayerEncoder:
         Args:
             coded: The layer, planned and held.
             base: What its weights are relative to, for codes that are.
-            check_readable: Called before a tensor is read; raises if that must not be.
+            check_readable: Called before each piece of a tensor is read; raises if that must not be.
 
         Returns:
             None if a component would be further from the truth than allowed.
 
         Raises:
             FormatError, IntegrityError: The base is not what it should be.
+            WriteError: There is not enough memory.
         """
+        with _translate_memory_errors():
+            return self._encode(coded, base, check_readable)
+
+    def _encode(
+        self, coded: CodedImage, base: BaseFile | None, check_readable: Callable[[], None]
+    ) -> EncodedLayer | None:
         self._scratch.reserve(coded)
         codes: dict[str, StoredCodes] = {}
         arrays: dict[str, torch.Tensor] = {}
         rounded: dict[str, torch.Tensor] = {}
         deviations: dict[Component, list[Deviation]] = defaultdict(list)
         for key, stored, tensor in coded.tensors():
-            check_readable()
             with self._lanes.of(tensor):
-                found = self._encode_tensor(key, stored, tensor, base)
+                found = self._encode_tensor(key, stored, tensor, base, check_readable)
             if found is None:  # not numbers that codes can stand for
+                if stored.base == "rounded":
+                    continue  # the weights file holds them as they are
                 stored = replace(stored, codec="exact")
                 found = _EncodedTensor(arrays={"values": tensor}, deviation=_exact())
             codes[key] = stored
@@ -136,7 +148,12 @@ class LayerEncoder:
         )
 
     def _encode_tensor(
-        self, key: str, stored: StoredCodes, tensor: torch.Tensor, base: BaseFile | None
+        self,
+        key: str,
+        stored: StoredCodes,
+        tensor: torch.Tensor,
+        base: BaseFile | None,
+        check_readable: Callable[[], None],
     ) -> _EncodedTensor | None:
         """The codes of a tensor; None if it has to stay as it is."""
         if stored.codec == "exact":
@@ -146,7 +163,7 @@ class LayerEncoder:
             base.check(key, stored.meta)
         if stored.codec == "xor":
             assert base is not None
-            return self._pack(key, stored, tensor, base)
+            return self._pack(key, stored, tensor, base, check_readable)
         arrays = {name: self._scratch.take(meta.dtype, meta.numel) for name, meta in stored.arrays.items()}
         rounded = self._scratch.take("BF16", tensor.numel()) if stored.base == "rounded" else None
         targets = [*arrays.values(), *([] if rounded is None else [rounded])]
@@ -154,27 +171,32 @@ class LayerEncoder:
         strip = self._kernels.strip_numel(tensor.device)
         for start in range(0, tensor.numel(), strip):
             stop = min(start + strip, tensor.numel())
-            values = _fill_up(_elements(tensor, start, stop))
+            if start % _CHECKED_NUMEL == 0:
+                check_readable()
+            values = _to_blocks(_elements(tensor, start, stop))
             of_base = None
             if stored.base == "exact" and base is not None:
-                of_base = _fill_up(base.read(key, start, stop).to(tensor.device))
+                of_base = _to_blocks(base.read(key, start, stop).to(tensor.device))
             with torch.no_grad():
                 *found, measured = self._kernels.get(stored.codec, values)(values, of_base)
             measures.append(measured)
             for target, array in zip(targets, found, strict=True):
-                _copy_strip(array, target, start, strip, tensor.numel())
+                _copy_strip(array, target, start, values.shape[0])
         deviation = _sum_up(stored.codec, measures)
         if deviation is None:
             return None
         halves = None if rounded is None else rounded.view(tensor.shape)
         return _EncodedTensor(arrays=arrays, deviation=deviation, rounded=halves)
 
-    def _pack(self, key: str, stored: StoredCodes, tensor: torch.Tensor, base: BaseFile) -> _EncodedTensor | None:
+    def _pack(
+        self, key: str, stored: StoredCodes, tensor: torch.Tensor, base: BaseFile, check_readable: Callable[[], None]
+    ) -> _EncodedTensor | None:
         planes = self._scratch.take("U8", stored.meta.nbytes)
         ends: list[int] = []
         filled = 0
         for start in range(0, tensor.numel(), FRAME_NUMEL):
             stop = min(start + FRAME_NUMEL, tensor.numel())
+            check_readable()
             values = _elements(tensor, start, stop).cpu()
             frame = pack_frame(values, base.read(key, start, stop), self._compressor)
             planes.numpy()[filled : filled + len(frame)] = np.frombuffer(frame, np.uint8)
@@ -196,6 +218,20 @@ class _EncodedTensor:
     """What goes into the weights file instead of it."""
 
 
+@contextlib.contextmanager
+def _translate_memory_errors() -> Iterator[None]:
+    """What costs a save must not cost the training."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as err:
+        raise WriteError(
+            "there is not enough memory to make codes of a layer",
+            kind="device-memory" if isinstance(err, torch.OutOfMemoryError) else "host-memory",
+            found=str(err).partition("\n")[0] or None,
+            hint='leave some free, or save with rest="skip"; older checkpoints were not touched',
+        ) from err
+
+
 def _exact() -> Deviation:
     # The norm of what is exact does not matter: limits are for what is not.
     return Deviation()
@@ -207,23 +243,21 @@ def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def _fill_up(values: torch.Tensor) -> torch.Tensor:
-    """Whole blocks: the last one with zeros."""
+def _to_blocks(values: torch.Tensor) -> torch.Tensor:
+    """A row a block, the last one filled up with zeros."""
     missing = -values.numel() % BLOCK_NUMEL
-    return torch.nn.functional.pad(values, (0, missing)) if missing else values
+    return (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(-1, BLOCK_NUMEL)
 
 
-def _copy_strip(array: torch.Tensor, target: torch.Tensor, start: int, strip: int, numel: int) -> None:
-    """Put what a kernel made of a strip where it belongs; filled-up elements are left out.
+def _copy_strip(array: torch.Tensor, target: torch.Tensor, start: int, blocks: int) -> None:
+    """Put what a kernel made of a strip where it belongs; what is of no element is left out.
 
     Args:
         array: Of whole blocks.
         target: Of the whole tensor, in host memory.
         start: First element of the strip.
-        strip: Elements of a strip.
-        numel: Elements of the tensor.
+        blocks: Of the strip.
     """
-    blocks = -(-min(strip, numel - start) // BLOCK_NUMEL)
     place = start // BLOCK_NUMEL * (array.numel() // blocks)
     count = min(array.numel(), target.numel() - place)
     source = array.view(_plain(array.dtype))[:count]
@@ -285,7 +319,10 @@ class _Scratch:
             wanted += sum(nbytes + _ALIGNMENT for nbytes in metas)
         if wanted > self._memory.nbytes:
             self._memory = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
-            self._memory = torch.empty(wanted, dtype=torch.uint8)
+            try:
+                self._memory = torch.empty(wanted, dtype=torch.uint8)
+            except RuntimeError as err:  # torch has no word of its own for it
+                raise MemoryError(f"{wanted} bytes: {err}") from err
 
     def take(self, dtype: str, numel: int) -> torch.Tensor:
         """Memory for a flat tensor."""

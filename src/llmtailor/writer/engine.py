@@ -26,6 +26,7 @@ from typing import TypeVar
 from ..errors import WriteError
 from ..manifest import encode_manifest
 from ..storage import FileReader, RunDirectory, pad
+from ..storage.staging import translate_os_errors
 from ..strategies import ERROR_LIMIT, NO_BASE
 from .base_file import BaseFile
 from .coded_images import CodedImage
@@ -211,7 +212,7 @@ class Engine:
         for image in saving.job.images:
             files = self._encode(saving, image, reader) if isinstance(image, CodedImage) else image.files
             for file in files:
-                self._capture_file(saving, GrowingFile(saving, image.layer, file), file)
+                self._capture_file(saving, GrowingFile(saving, image.layer, file), file, image)
         self._lanes.synchronize()
         saving.check_unchanged()
         saving.pool_nbytes = self._pool.high_water_nbytes + (self._encoder.scratch_nbytes if is_coded else 0)
@@ -223,6 +224,7 @@ class Engine:
     def _encode(self, saving: Saving, image: CodedImage, reader: FileReader | None) -> Sequence[FileImage]:
         """The files of a layer that is to be coded: its codes or, where that cannot be, its exact files."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(translate_os_errors("read what codes are relative to", saving.staged.path))
             base = None
             if image.base == "exact":
                 found = saving.job.find_base(image.layer)
@@ -235,14 +237,15 @@ class Engine:
             def check_readable() -> None:
                 if saving.has_failed:
                     raise Stopped
-                for file in image.sources:
-                    saving.check_readable(file)
+                saving.check_readable(image)
 
             encoded = self._encoder.encode(image, base, check_readable)
         saving.note_encoded(image.layer, ERROR_LIMIT if encoded is None else encoded)
         return image.live.files if encoded is None else encoded.files
 
-    def _capture_file(self, saving: Saving, file: GrowingFile, image: FileImage) -> None:
+    def _capture_file(
+        self, saving: Saving, file: GrowingFile, image: FileImage, layer: LayerImage | CodedImage
+    ) -> None:
         reader = ImageReader(image.parts, self._lanes)
         offset = 0
         while offset < image.nbytes:
@@ -251,7 +254,8 @@ class Engine:
                 raise Stopped
             nbytes = min(piece.nbytes, image.nbytes - offset)
             try:
-                saving.check_readable(image)
+                # A file of codes refers to live tensors, too: to those that stay as they are.
+                saving.check_readable(layer)
                 reader.fill(piece, nbytes)
                 events = self._lanes.events() if saving.fences else ()
             except BaseException:

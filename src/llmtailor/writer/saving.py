@@ -131,13 +131,14 @@ class Saving:
         if self._failure is not None:
             raise self._failure
 
-    def check_readable(self, file: FileImage) -> None:
-        """Raise unless the memory of all tensors of a file is where it was.
+    def check_readable(self, image: LayerImage | CodedImage) -> None:
+        """Raise unless the memory of all tensors of a layer is where it was.
 
         Raises:
             IntegrityError: kind ``changed-during-capture``.
         """
-        self._refuse([each for each in self._watches.get(file.name, ()) if each.has_moved()], "was freed or moved")
+        watches = (each for file in image.sources for each in self._watches.get(file.name, ()))
+        self._refuse([each for each in watches if each.has_moved()], "was freed or moved")
 
     def check_unchanged(self) -> None:
         """Raise if a tensor was changed before it was copied, or while it was.
