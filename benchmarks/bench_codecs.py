@@ -1,7 +1,8 @@
 """How fast are tensors made into codes, and back, on one core?
 
-Strips of fp32 numbers as weights and moments have them: a kernel's speed is bytes of input by CPU time, a decoder's bytes
-of output by CPU time, each with everything in host memory; beside them a plain copy of the same bytes, in the same turns.
+Strips of fp32 numbers as weights and moments have them: a kernel's speed is bytes of input by CPU time, a decoder's
+bytes of output by CPU time, each with everything in host memory; beside them a plain copy of the same bytes, in the
+same turns.
 Then the whole way of a layer (a block of a Llama, weights and AdamW's moments, 12 bytes a parameter): what the capture
 thread does, with what codes are relative to read back from the file where an exact save wrote it. One torch thread.
 

@@ -3,9 +3,9 @@
 A Llama of 35 layers in fp32 with AdamW, more than 1 GB, trained on all cores. After one exact save, every save of the
 methods beside ``exact`` writes all layers as codes (a strategy that chooses none). Methods take turns; as in
 ``bench_stall.py``: the time training stands still, the training time lost, the time until the checkpoint is durable
-beside training; and a durable save alone, with nothing beside it. Then the highest resident memory of the process during
-such saves, above what it had before the first, exact, one; the pool takes as much as that one needs, so codes must fit
-into what is left: the codes of one layer. At last a resume, cold, into a model that exists.
+beside training; and a durable save alone, with nothing beside it. Then the highest resident memory of the process while
+it saves through a pool that is smaller than a save, above what it had before the first: the pool and the codes of one
+layer. At last a resume, cold, into a model that exists.
 
     python benchmarks/bench_coded_save.py [hidden size] [repeats] [tokens]
 """
