@@ -1,8 +1,8 @@
 """Real text that every Python brings along, as tokens: its English, and its source code.
 
-Prose is the topics of ``help()`` and the docstrings of one half of the standard library, code is the other half. A tenth
-of the documents of each is held out for validation, so no document is in two parts. Tokens are those of a byte-level
-BPE trained on what is not held out.
+Prose is the topics of ``help()`` and the docstrings of one half of the standard library, code is the other half. A
+tenth of the documents of each is held out for validation, so no document is in two parts. Tokens are those of a
+byte-level BPE trained on what is not held out.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ Tokens = np.ndarray
 
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"}
 _SHORTEST_DOCSTRING = 80
+_SHARES = {"training": 1, "validation": 8}
+_LIBRARY = Path(sysconfig.get_path("stdlib"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +59,31 @@ def load_corpus(cache: Path, *, vocabulary: int, chars: int) -> Corpus:
 
 
 def read_texts(chars: int) -> dict[str, str]:
-    """``prose-training`` and so on -> text, at most so many characters of prose and of code."""
-    parts: dict[str, list[str]] = {f"{kind}-{use}": [] for kind in ("prose", "code") for use in ("training", "validation")}
-    left = {"prose": chars, "code": chars}
-    for kind, key, text in sorted(_read_documents(), key=lambda document: _hash(document[1])):
-        if left[kind] > 0:
-            use = "validation" if _hash(key) // 2 % 10 == 0 else "training"
-            parts[f"{kind}-{use}"].append(text)
-            left[kind] -= len(text)
+    """``prose-training`` and so on -> text, of ``chars`` characters at most; for validation an eighth of that."""
+    left = {f"{kind}-{use}": chars // share for kind in ("prose", "code") for use, share in _SHARES.items()}
+    parts: dict[str, list[str]] = {part: [] for part in left}
+    for key in sorted(_list_documents(), key=lambda key: _hash(str(key))):
+        kind = "code" if isinstance(key, Path) and _hash(str(key)) % 2 else "prose"
+        part = f"{kind}-{'validation' if _hash(str(key)) // 2 % 10 == 0 else 'training'}"
+        if left[part] > 0:
+            text = topics[key] if isinstance(key, str) else _read_source(key, kind)
+            parts[part].append(text[: left[part]])
+            left[part] -= len(text)
     return {name: "\n\n".join(texts) for name, texts in parts.items()}
 
 
-def _read_documents() -> Iterator[tuple[str, str, str]]:
-    """Kind, name and text of each."""
-    for name, text in topics.items():
-        yield "prose", f"topic {name}", text
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library)
-        if _SKIPPED.intersection(relative.parts) or path.name.startswith("_sysconfigdata"):
-            continue
-        source = path.read_text(encoding="utf-8", errors="replace")
-        if _hash(str(relative)) % 2:
-            yield "code", str(relative), source
-        else:
-            yield "prose", str(relative), "\n\n".join(_read_docstrings(source))
+def _list_documents() -> Iterator[str | Path]:
+    """Names of topics, and paths in the standard library, relative to it."""
+    yield from topics
+    for path in _LIBRARY.rglob("*.py"):
+        relative = path.relative_to(_LIBRARY)
+        if not _SKIPPED.intersection(relative.parts) and not path.name.startswith("_sysconfigdata"):
+            yield relative
+
+
+def _read_source(path: Path, kind: str) -> str:
+    source = (_LIBRARY / path).read_text(encoding="utf-8", errors="replace")
+    return source if kind == "code" else "\n\n".join(_read_docstrings(source))
 
 
 def _read_docstrings(source: str) -> Iterator[str]:

@@ -18,6 +18,8 @@ class ModelSize:
     layers: int = 10
     intermediate: int = 512
     heads: int = 6
+    initializer_range: float = 0.06
+    """About 1 / sqrt(hidden); the usual 0.02 is made for wider models and learns slower here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +55,13 @@ class Settings:
     batch_size: int = 4
     validation_sequences: int = 64
     corpus_chars: int = 6_000_000
-    """Of each text, at most."""
+    """Of each text to train on, at most; an eighth of it to validate on."""
     interval: int = 20
     """Steps between two saves of ``full``, and of all that is compared at equal interval."""
-    failure_steps: tuple[int, ...] = (40, 100, 120, 160, 180)
-    """Of the runs with five failures; an odd number of saves apart, so that each half of ``parity`` is stale in turn."""
+    stale_ages: tuple[int, ...] = (20, 40, 80, 140)
+    """Of the references whose layers are all so many steps stale."""
+    failure_steps: tuple[int, ...] = (60, 80, 120, 140, 160)
+    """Of the runs with five failures; after odd and after even saves, so that either half of ``parity`` is stale."""
     last_losses: int = 20
     """Steps over which the training losses at the end are averaged."""
 
@@ -67,8 +71,8 @@ PRETRAINING = Regime(
     title="pre-training from scratch, English",
     corpus="prose",
     from_base=False,
-    steps=210,
-    failure_step=160,
+    steps=190,
+    failure_step=150,
     warmup=20,
     lr=2e-3,
     final_lr_share=0.1,
@@ -80,8 +84,8 @@ FINE_TUNING = Regime(
     title="fine-tuning of the base model, on code",
     corpus="code",
     from_base=True,
-    steps=210,
-    failure_step=160,
+    steps=190,
+    failure_step=150,
     warmup=15,
     lr=2e-4,
     final_lr_share=0.0,

@@ -68,7 +68,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.regime, step)
         loss = loss_of(self.model, self._batch(step))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -118,6 +118,7 @@ def build_model(size: ModelSize, seed: int, sequence_length: int) -> LlamaForCau
         num_key_value_heads=size.heads,
         max_position_embeddings=sequence_length,
         tie_word_embeddings=False,
+        initializer_range=size.initializer_range,
     )
     return LlamaForCausalLM(config)
 
@@ -149,10 +150,8 @@ def cut_evenly(tokens: torch.Tensor, length: int, limit: int) -> torch.Tensor:
 
 def load_base(settings: Settings, corpus: Corpus, cache: Path, say: Callable[[str], None]) -> State:
     """Weights of the base model: from the cache, or trained and kept there."""
-    key = json.dumps(
-        [asdict(settings.model), asdict(settings.base), settings.sequence_length, settings.batch_size]
-        + [corpus.digest, torch.__version__]
-    )
+    shape = [settings.sequence_length, settings.batch_size]
+    key = json.dumps([asdict(settings.model), asdict(settings.base), *shape, corpus.digest, torch.__version__])
     path = cache / f"base-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if not path.exists():
         training = Training(settings, settings.base, corpus, _BASE_SEED, None)

@@ -26,6 +26,9 @@ _MAX_LOG_NBYTES = 64 * 2**20
 def recipe_of_run(run: Path, step: int | None, *, default: Path | None = None) -> str:
     """The recipe of the newest version of each layer at or before a step.
 
+    Codes are a version like any other, of the step they were made at: they are nearer to the layer as it was then than
+    exact files of an earlier step.
+
     Args:
         run: Directory that holds checkpoint-<step>, ours or another tool's.
         step: None for the newest there is.
@@ -125,10 +128,11 @@ def _newest(entries: Sequence[CheckpointEntry]) -> int:
 
 def _read_manifests(entries: Sequence[CheckpointEntry]) -> Iterator[SavedLayers]:
     """Of whole checkpoints: the first of those still there that has a layer's version stands for its save."""
-    held: dict[str, int] = {}
+    held: dict[str, tuple[int, bool]] = {}
     for entry in entries:
         manifest, _ = read_manifest(entry.path)
-        now = {layer.name: layer.step for layer in manifest.layers}
+        # Exact files of a step are another version than codes of it.
+        now = {layer.name: (layer.state_step, layer.encoding is None) for layer in manifest.layers}
         new = tuple(name for name, saved in now.items() if held.get(name) != saved)
         held.update(now)
         yield SavedLayers(path=str(entry.path), step=entry.step, layers=new)

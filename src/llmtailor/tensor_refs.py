@@ -2,12 +2,13 @@
 
 A ``TensorRef`` stands for a tensor that nobody has read yet. Planning cuts and combines them; only the writer, at the
 very end, turns the pieces into bytes. All arithmetic here is element by element, so a piece of a result needs only the
-same piece of its operands. Elements are numbered row-major in the whole tensor, bytes are little-endian.
+same piece of its operands (of codes: the blocks or frames it is in). Elements are numbered row-major in the whole
+tensor, bytes are little-endian.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -18,6 +19,7 @@ from .tensors import DTYPE_BITS, TensorMeta
 __all__ = [
     "AveragedTensor",
     "CastTensor",
+    "CodedTensor",
     "Extent",
     "FileTensor",
     "InlineTensor",
@@ -95,7 +97,24 @@ class AveragedTensor:
         assert all(source.meta.shape == self.meta.shape for source in self.sources)
 
 
-TensorRef: TypeAlias = FileTensor | InlineTensor | CastTensor | ScaledTensor | AveragedTensor
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedTensor:
+    """A tensor that files hold as codes: small, and near its values. Not hashable."""
+
+    meta: TensorMeta
+    """Of what the codes stand for."""
+    codec: str
+    """As in ``codecs.stored``, any but ``exact``."""
+    arrays: Mapping[str, FileTensor]
+    """By name: ``codes``, ``scales``; flat, each as the codec needs it."""
+    base: TensorRef | None
+    """What the codes are relative to; None if to nothing. As many elements as the tensor."""
+
+    def __post_init__(self) -> None:
+        assert self.base is None or self.base.meta.numel == self.meta.numel
+
+
+TensorRef: TypeAlias = FileTensor | InlineTensor | CastTensor | ScaledTensor | AveragedTensor | CodedTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,5 +185,10 @@ def files_of(tensor: TensorRef) -> Iterator[Path]:
         case AveragedTensor():
             for source in tensor.sources:
                 yield from files_of(source)
+        case CodedTensor():
+            for array in tensor.arrays.values():
+                yield from files_of(array)
+            if tensor.base is not None:
+                yield from files_of(tensor.base)
         case InlineTensor():
             pass

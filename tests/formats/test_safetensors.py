@@ -146,7 +146,7 @@ def test_header_that_is_not_strict_json_is_refused(text: bytes) -> None:
     assert refuse(build(text)).kind == "bad-json"
 
 
-@pytest.mark.parametrize("metadata", [None, [], "x", {"a": 1}, {"a": None}, {"a": {}}])
+@pytest.mark.parametrize("metadata", [None, [], "x", {"a": 1}, {"a": None}, {"a": {}}, {"a": "\ud800"}])
 def test_metadata_that_is_not_text_to_text_is_refused(metadata: Any) -> None:
     assert refuse(build({"__metadata__": metadata})).kind == "header-metadata"
 

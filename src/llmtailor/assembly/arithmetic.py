@@ -1,4 +1,4 @@
-"""Tensors that have to be computed: other element types, scaled moments, averages. numpy, a block at a time.
+"""Tensors that have to be computed: other element types, scaled moments, averages, codes. numpy, a block at a time.
 
 A cast takes the way torch takes: to 16 bits by way of F32, rounding to nearest even at each step. Scaled and averaged
 tensors are computed in F64 and rounded once. numpy has no bfloat16; here it is the upper half of an F32, in a uint16.
@@ -11,13 +11,13 @@ aten/src/ATen/cpu/vec/vec512/vec512_bfloat16.h (cvtfp32_bf16, which makes 0xffff
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import UnsupportedError
-from ..tensor_refs import AveragedTensor, CastTensor, FileTensor, InlineTensor, ScaledTensor, TensorRef
+from ..tensor_refs import AveragedTensor, CastTensor, CodedTensor, FileTensor, InlineTensor, ScaledTensor, TensorRef
 from ..tensors import DTYPE_BITS
-from .segments import Computed, Copy, slice_segments
+from .operands import NUMPY_TYPES, Fetch, Operands
+from .segments import Computed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check_arithmetic", "compute"]
 
-_NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-Fetch: TypeAlias = Callable[[Sequence[Copy], memoryview], None]
-"""Fills copies in, each at its place in the memory."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# The widest of them, in bytes.
+_MAX_ITEMSIZE = 8
 
 
 def check_arithmetic(tensor: TensorRef) -> None:
@@ -45,12 +44,14 @@ def check_arithmetic(tensor: TensorRef) -> None:
             sources: tuple[TensorRef, ...] = (tensor.source,)
         case AveragedTensor():
             sources = tensor.sources
+        case CodedTensor():
+            sources = () if tensor.base is None else (tensor.base,)
     for each in (tensor, *sources):
-        if each.meta.dtype not in _NUMPY_TYPES:
+        if each.meta.dtype not in _FLOATS:
             raise UnsupportedError(
                 "arithmetic on this element type is not done",
                 kind="dtype",
-                expected=", ".join(_NUMPY_TYPES),
+                expected=", ".join(_FLOATS),
                 found=each.meta.dtype,
                 hint="take the tensor over as it is: without dtype, from one source",
             )
@@ -66,41 +67,50 @@ def compute(segment: Computed, target: memoryview, fetch: Fetch, *, block_numel:
         target: Its bytes.
         fetch: How to get at the operands' bytes.
         block_numel: Elements at a time.
+
+    Raises:
+        FormatError: Codes do not hold what they say.
     """
     import numpy as np
+
+    operands = Operands(fetch, block_numel * _MAX_ITEMSIZE)
 
     size = DTYPE_BITS[segment.tensor.meta.dtype] // 8
     end = segment.first + segment.nbytes
     stop = -(-end // size)
     with np.errstate(all="ignore"):
         for start in range(segment.first // size, stop, block_numel):
-            values = _evaluate(segment.tensor, start, min(start + block_numel, stop), fetch)
+            values = _evaluate(segment.tensor, start, min(start + block_numel, stop), operands)
             data = values.data.cast("B")
             # The segment may begin and end inside an element.
             low, high = max(start * size, segment.first), min(start * size + data.nbytes, end)
             target[low - segment.first : high - segment.first] = data[low - start * size : high - start * size]
 
 
-def _evaluate(tensor: TensorRef, start: int, stop: int, fetch: Fetch) -> Values:
+def _evaluate(tensor: TensorRef, start: int, stop: int, operands: Operands) -> Values:
     """The elements of a tensor, as they are stored."""
     import numpy as np
 
     dtype = tensor.meta.dtype
     match tensor:
         case FileTensor():
-            values = np.empty(stop - start, _NUMPY_TYPES[dtype])
-            copies = [each for each in slice_segments(tensor, start, stop, 0) if isinstance(each, Copy)]
-            fetch(copies, values.data.cast("B"))
-            return values
+            return operands.read(tensor, start, stop)
         case InlineTensor():
-            return np.frombuffer(tensor.data, _NUMPY_TYPES[dtype])[start:stop]
+            return np.frombuffer(tensor.data, NUMPY_TYPES[dtype])[start:stop]
+        case CodedTensor(base=base):
+
+            def of_base(low: int, high: int) -> Values:
+                assert base is not None
+                return _evaluate(base, low, high, operands)
+
+            return operands.decode(tensor, start, stop, of_base)
         case CastTensor():
-            return _cast(_evaluate(tensor.source, start, stop, fetch), tensor.source.meta.dtype, dtype)
+            return _cast(_evaluate(tensor.source, start, stop, operands), tensor.source.meta.dtype, dtype)
         case ScaledTensor():
-            return _round(_widen(_evaluate(tensor.source, start, stop, fetch), dtype) * tensor.factor, dtype)
+            return _round(_widen(_evaluate(tensor.source, start, stop, operands), dtype) * tensor.factor, dtype)
         case AveragedTensor():
             weighted = (
-                _widen(_evaluate(source, start, stop, fetch), source.meta.dtype) * weight
+                _widen(_evaluate(source, start, stop, operands), source.meta.dtype) * weight
                 for source, weight in zip(tensor.sources, tensor.weights, strict=True)
             )
             total: Values = functools.reduce(np.add, weighted)
@@ -138,7 +148,7 @@ def _round(values: Values, dtype: str) -> Values:
         return _upper_half(_to_odd(values))
     if dtype == "F16":
         return _quiet_half(values.astype("<f2"))
-    return values.astype(_NUMPY_TYPES[dtype], copy=False)
+    return values.astype(NUMPY_TYPES[dtype], copy=False)
 
 
 def _quiet_half(values: Values) -> Values:

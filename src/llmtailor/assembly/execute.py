@@ -11,7 +11,16 @@ from pathlib import Path
 from ..errors import FormatError, IntegrityError
 from ..file_plan import CheckpointPlan, FilePlan, FileRange, LinkPlan, WrittenFile
 from ..storage import LocalFileSystem, OutputDirectory
-from ..tensor_refs import AveragedTensor, CastTensor, FileTensor, InlineTensor, ScaledTensor, TensorRef, TensorSlice
+from ..tensor_refs import (
+    AveragedTensor,
+    CastTensor,
+    CodedTensor,
+    FileTensor,
+    InlineTensor,
+    ScaledTensor,
+    TensorRef,
+    TensorSlice,
+)
 from ..tensors import DTYPE_BITS, ByteRange
 from .arithmetic import check_arithmetic
 from .sources import SourceFiles
@@ -35,8 +44,9 @@ def execute(
 ) -> tuple[WrittenFile, ...]:
     """Write a new checkpoint and publish it.
 
-    Sources are opened for reading only, each needed byte is read once, and memory stays below some 80 MB. Whatever goes
-    wrong leaves nothing behind; a kill leaves a hidden directory, which the next call for the same target removes.
+    Sources are opened for reading only, each needed byte is read once (what codes lie beside at the ends of a chunk
+    twice), and memory stays below some 100 MB. Whatever goes wrong leaves nothing behind; a kill leaves a hidden
+    directory, which the next call for the same target removes.
 
     Args:
         plan: All files of the checkpoint. Those of a plan with a seal never change again and become read-only.
@@ -53,7 +63,7 @@ def execute(
         AlreadyExistsError: The target exists.
         NotFoundError: A source is gone.
         IntegrityError: A source is not what was planned with, or changed meanwhile.
-        FormatError: A source is no regular file, or a name leads out of the target.
+        FormatError: A source is no regular file, or holds codes that make no sense, or a name leads out of the target.
         UnsupportedError: Arithmetic on integers was planned.
         WriteError: The disk, a permission or a limit.
     """
@@ -191,5 +201,10 @@ def _ends(tensor: TensorRef) -> Iterator[tuple[Path, int]]:
         case AveragedTensor():
             for source in tensor.sources:
                 yield from _ends(source)
+        case CodedTensor():
+            for array in tensor.arrays.values():
+                yield from _ends(array)
+            if tensor.base is not None:
+                yield from _ends(tensor.base)
         case InlineTensor():
             pass

@@ -16,6 +16,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import stat
 import struct
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ _MAX_NAME_LENGTH = 1024
 _FIRST_READ_NBYTES = 16 * 2**10
 # torch has 64 at most; without a bound, the product of a million sizes takes an hour.
 _MAX_DIMS = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +208,9 @@ def read_header(descriptor: int, path: Path | str) -> tuple[Header, bytes]:
 def _check_metadata(value: object, path: Path | str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise _refuse(path, "header-metadata", "__metadata__ is not text to text", "{text: text}", type(value).__name__)
+    # JSON can say half of a surrogate pair, which is no text: whoever encodes it again would fail.
+    if any(map(_SURROGATE.search, value.values())):
+        raise _refuse(path, "header-metadata", "__metadata__ is not text to text", "text", "a lone surrogate")
     return value
 
 

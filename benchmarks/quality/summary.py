@@ -1,0 +1,181 @@
+"""From the kept results to one JSON file, a picture, and the tables of ``docs/quality.md``.
+
+A difference of the validation loss is read in steps: how many steps everything would have to be stale to make the same
+difference, by the same seed's references, linearly in between and beyond.
+
+    python benchmarks/quality/summary.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configurations import REFERENCE, Configuration, list_configurations
+from corpus import load_corpus
+from plot import draw_costs
+from records import describe_machine, describe_work, find_result, result_path
+from settings import FULL, RESULTS, Regime, Settings, cache_directory
+from tables import make_tables
+from training import count_parameters
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "quality.md"
+_BEGIN, _END = "<!-- begin: benchmarks/quality/summary.py -->", "<!-- end -->"
+
+Result = Mapping[str, Any]
+Results = Mapping[str, Mapping[int, Mapping[str, Result]]]
+"""Regime -> seed -> configuration -> result."""
+
+
+def read_results(settings: Settings, directory: Path, cache: Path) -> Results:
+    """Those that are there."""
+    corpus = load_corpus(cache, vocabulary=settings.model.vocabulary, chars=settings.corpus_chars)
+    results: dict[str, dict[int, dict[str, Result]]] = defaultdict(lambda: defaultdict(dict))
+    for regime in settings.regimes:
+        for seed in settings.seeds:
+            for each in list_configurations(settings):
+                work = describe_work(settings, regime, seed, each, corpus)
+                result = find_result(result_path(directory, regime, seed, each), work)
+                if result is not None:
+                    results[regime.name][seed][each.name] = result
+    return results
+
+
+def steps_lost(difference: float, references: Sequence[tuple[int, float]]) -> float | None:
+    """Steps that everything would have to be stale to end with this difference.
+
+    Args:
+        difference: Of the validation loss at the end.
+        references: Steps that everything was stale, and the difference that this made; ascending.
+
+    Returns:
+        None if the references do not ascend: then staleness costs less than the noise.
+    """
+    points = [(0, 0.0), *references]
+    pairs = list(itertools.pairwise(points))
+    if any(right[1] <= left[1] for left, right in pairs):
+        return None
+    left, right = next((pair for pair in pairs if difference <= pair[1][1]), pairs[-1])
+    return left[0] + (difference - left[1]) / (right[1] - left[1]) * (right[0] - left[0])
+
+
+def summarize(settings: Settings, results: Results) -> dict[str, Any]:
+    rows: dict[str, Any] = {
+        "parameters": count_parameters(settings.model, settings.sequence_length),
+        "settings": asdict(settings),
+        "cpu_minutes": round(sum(result["cpu_secs"] for result in _all(results)) / 60, 1),
+        "one_failure": [],
+        "several_failures": [],
+    }
+    for each in list_configurations(settings):
+        if each == REFERENCE:
+            continue
+        row = {
+            "strategy": each.strategy,
+            "rest": each.rest,
+            "interval": each.interval,
+            "failures": each.failures,
+            "regimes": {
+                regime.name: _summarize_regime(settings, regime, each, results.get(regime.name, {}))
+                for regime in settings.regimes
+            },
+        }
+        rows["one_failure" if each.failures == 1 else "several_failures"].append(row)
+    plain: dict[str, Any] = json.loads(json.dumps(rows))
+    return plain
+
+
+def _all(results: Results) -> list[Result]:
+    return [result for seeds in results.values() for named in seeds.values() for result in named.values()]
+
+
+def _summarize_saves(
+    settings: Settings, configuration: Configuration, seeds: Mapping[int, Mapping[str, Result]]
+) -> dict[str, Any]:
+    """Bytes per step by those of ``full`` at its interval, and layers of a save that were too far off for codes."""
+    full = Configuration(strategy="full", interval=settings.interval).name
+    pairs = [
+        (each[configuration.name], each[full]) for each in seeds.values() if {configuration.name, full} <= each.keys()
+    ]
+    if not pairs:
+        return {"share_of_bytes": None, "layers_over_limit": None}
+    counts = [count for result, _ in pairs for count in result["layers_over_limit"][1:]]
+    share = statistics.fmean(result["bytes_per_step"] / of_full["bytes_per_step"] for result, of_full in pairs)
+    return {"share_of_bytes": round(share, 3), "layers_over_limit": round(statistics.fmean(counts), 2)}
+
+
+def _summarize_regime(
+    settings: Settings, regime: Regime, configuration: Configuration, seeds: Mapping[int, Mapping[str, Result]]
+) -> dict[str, Any]:
+    """Means and standard deviations over the seeds, rounded as they are printed."""
+    found = {seed: named[configuration.name] for seed, named in seeds.items() if configuration.name in named}
+    lost = [_lost(settings, seeds[seed], result) for seed, result in found.items()]
+    row: dict[str, Any] = {
+        "seeds": len(found),
+        "is_identical": bool(found) and all(result["is_identical"] for result in found.values()),
+        **_spread("difference_at_end", [result["difference_at_end"] for result in found.values()], 5),
+        **_spread("difference_of_last_losses", [each["difference_of_last_losses"] for each in found.values()], 5),
+    }
+    if configuration.is_saved:
+        row |= _summarize_saves(settings, configuration, seeds)
+    if configuration.failures > 1:
+        return row
+    row |= _spread("difference_at_restore", [each["difference_at_restore"] for each in found.values()], 5)
+    known = [each for each in lost if each is not None]
+    row |= _spread("steps_lost", known if len(known) == len(lost) else [], 2)
+    if configuration.is_saved and row["steps_lost"] is not None:
+        row["expected_cost"] = round(configuration.interval / 2 + row["steps_lost"], 2)
+    return row
+
+
+def _lost(settings: Settings, named: Mapping[str, Result], result: Result) -> float | None:
+    ages = settings.stale_ages
+    names = [Configuration(strategy="stale", interval=age).name for age in ages]
+    if not all(name in named for name in names):
+        return None
+    references = [(age, named[name]["difference_at_end"]) for age, name in zip(ages, names, strict=True)]
+    return steps_lost(result["difference_at_end"], references)
+
+
+def _spread(name: str, values: Sequence[float], digits: int) -> dict[str, float | None]:
+    return {
+        name: round(statistics.fmean(values), digits) if values else None,
+        f"{name}_sd": round(statistics.stdev(values), digits) if len(values) > 1 else None,
+    }
+
+
+def write_document(path: Path, tables: str) -> None:
+    """Put the tables between the marks of the document."""
+    text = path.read_text(encoding="utf-8")
+    before, _, rest = text.partition(_BEGIN)
+    _, mark, after = rest.partition(_END)
+    assert mark, f"{path} lacks {_BEGIN} or {_END}"
+    path.write_text(f"{before}{_BEGIN}\n\n{tables}\n{_END}{after}", encoding="utf-8")
+
+
+def publish(settings: Settings, directory: Path, cache: Path, document: Path | None = None) -> dict[str, Any]:
+    """Write ``quality.json`` and ``quality.png`` beside the directory of the results; returns the rows."""
+    rows = summarize(settings, read_results(settings, directory, cache))
+    record = {"question": "quality", "environment": describe_machine(), "rows": rows}
+    (directory.parent / "quality.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    draw_costs(rows, directory.parent / "quality.png")
+    tables = make_tables(rows)
+    if document is not None:
+        write_document(document, tables)
+        draw_costs(rows, document.with_suffix(".png"))
+    print(tables)
+    return rows
+
+
+def main() -> None:
+    publish(FULL, RESULTS / "quality", cache_directory(), DOCUMENT if DOCUMENT.exists() else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The benchmark of quality, end to end, on a model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "quality"
+NAMES = ["reference", "noise", "stale-2", "stale-4", "full-skip-every2", "parity-skip-every2"]
+SEVERAL = "parity-skip-every2-failures2"
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    return {name: importlib.import_module(name) for name in ("settings", "run", "summary")}
+
+
+def tiny_settings(settings: ModuleType) -> Any:
+    shared = {"steps": 12, "failure_step": 8, "warmup": 2, "lr": 1e-2, "final_lr_share": 0.1, "betas": (0.9, 0.99)}
+    regimes = [
+        settings.Regime(name=name, title=name, corpus=corpus, from_base=from_base, weight_decay=0.1, **shared)
+        for name, corpus, from_base in (("P", "prose", False), ("F", "code", True), ("base", "prose", False))
+    ]
+    return settings.Settings(
+        model=settings.ModelSize(vocabulary=300, hidden=16, layers=4, intermediate=24, heads=2),
+        regimes=tuple(regimes[:2]),
+        base=regimes[2],
+        seeds=(0,),
+        sequence_length=16,
+        batch_size=2,
+        validation_sequences=4,
+        corpus_chars=40_000,
+        interval=2,
+        stale_ages=(2, 4),
+        failure_steps=(4, 10),
+        last_losses=2,
+    )
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text())["result"]
+    return result
+
+
+def test_the_benchmark_of_quality_runs_once_and_full_is_bit_identical(
+    modules: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.set_num_threads(1)
+    settings = tiny_settings(modules["settings"])
+    results, cache, names = tmp_path / "results" / "quality", tmp_path / "cache", [*NAMES, SEVERAL]
+
+    assert modules["run"].run_all(settings, results, cache, names) == 2 * len(names)
+    assert modules["run"].run_all(settings, results, cache, names) == 0
+
+    for regime in ("P", "F"):
+        full = read_result(results / f"{regime}-seed0-full-skip-every2.json")
+        parity = read_result(results / f"{regime}-seed0-parity-skip-every2.json")
+        assert full["is_identical"]
+        assert not parity["is_identical"]
+        assert parity["bytes_per_save"] < 0.7 * full["bytes_per_save"]
+
+    rows = modules["summary"].publish(settings, results, cache)
+    assert json.loads((results.parent / "quality.json").read_text())["rows"] == rows
+    assert (results.parent / "quality.png").stat().st_size > 10_000
+    assert "0, bit for bit" in capsys.readouterr().out
+
+
+def test_steps_lost_are_read_between_the_references(modules: dict[str, ModuleType]) -> None:
+    steps_lost = modules["summary"].steps_lost
+    references = [(20, 0.1), (40, 0.4)]
+    assert steps_lost(0.05, references) == pytest.approx(10)
+    assert steps_lost(0.25, references) == pytest.approx(30)
+    assert steps_lost(0.7, references) == pytest.approx(60)
+    assert steps_lost(-0.01, references) == pytest.approx(-2)
+    assert steps_lost(0.1, [(20, 0.1), (40, 0.05)]) is None
