@@ -171,6 +171,10 @@ class FakeLayer:
     num_updates: int
 
     @property
+    def masters(self) -> Mapping[str, str]:
+        return {}
+
+    @property
     def sources(self) -> tuple[FakeFile, ...]:
         return self.files
 

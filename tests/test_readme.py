@@ -18,3 +18,4 @@ def test_readme_table_is_made_from_the_results() -> None:
     assert module.make_table() in text, "run benchmarks/readme_table.py"
     assert module.make_save_table() in text, "run benchmarks/readme_table.py"
     assert module.make_merge_table() in text, "run benchmarks/readme_table.py"
+    assert module.make_codes_table() in text, "run benchmarks/readme_table.py"

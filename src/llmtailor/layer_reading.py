@@ -1,14 +1,16 @@
 """A layer's files, read once, digested, and put into tensors: as they are, or decoded.
 
     PlainFile    bytes go straight into place, piece by piece
-    CodedLayer   weights (earlier ones, or rounded ones) into place, then the codes over them; state out of the codes
+    CodedLayer   weights (earlier ones, or rounded ones) into place, then the codes over them; state out of the codes;
+                 masters over what they are relative to, before the weights that are their rounding
 
 What is filled was checked by name, type and shape before; see ``load``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -16,13 +18,14 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from .codecs import StoredCodes, array_name
+from .codecs import Component, StoredCodes, array_name, component_of
 from .codecs.decoding import Values, decode_tensor, storage_type
 from .errors import FormatError, IntegrityError
 from .formats.safetensors import Header
 from .manifest import FileRecord
+from .state_keys import split_state_key
 from .storage import FileReader
-from .tensor_bytes import torch_dtype
+from .tensor_bytes import meta_of, torch_dtype
 from .tensor_filling import FileFiller, fill_tensor, host_bytes
 from .tensors import TensorMeta
 from .verify import changed_bytes, open_published
@@ -87,11 +90,16 @@ class CheckedFile:
 class PlainFile:
     """A file whose tensors are taken as they are."""
 
+    layer: str
     file: CheckedFile
     find_targets: Callable[[], Tensors]
     """Called when reading begins, in any thread; names it leaves out are read, and not kept."""
     install: Callable[[Tensors], None]
     """Called in the caller's thread when the targets hold what was published."""
+
+    @property
+    def plain(self) -> tuple[CheckedFile, ...]:
+        return (self.file,)
 
     @property
     def records(self) -> tuple[FileRecord, ...]:
@@ -106,25 +114,27 @@ class PlainFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedLayer:
-    """A layer that is in codes. What of it is wanted is in the targets: its weights, its state, or both."""
+    """A layer that is in codes, or its masters are. What of it is wanted is in the targets: weights, state, or both."""
 
     layer: str
-    codes: CheckedFile
+    codes: CheckedFile | None
+    """None if its masters alone are, in its optimizer file."""
     stored: Mapping[str, StoredCodes]
     """What the codes file holds, by key."""
-    weights: CheckedFile | None
-    """None if weights are not wanted."""
-    passed_over: tuple[CheckedFile, ...]
-    """Only looked at for whether they are what was published: a later save links them."""
+    packed: Mapping[str, StoredCodes]
+    """What the optimizer file holds in pieces, by key."""
+    plain: tuple[CheckedFile, ...]
+    """The layer's weights and optimizer files: what holds something that is wanted, or that codes are relative to; or
+    is only looked at for whether it is what was published, for a later save links it."""
     find_targets: Callable[[], Tensors]
     install: Callable[[Tensors], None]
 
     @property
     def records(self) -> tuple[FileRecord, ...]:
-        weights = () if self.weights is None else (self.weights.record,)
-        return (*weights, *(file.record for file in self.passed_over), self.codes.record)
+        codes = () if self.codes is None else (self.codes.record,)
+        return (*(file.record for file in self.plain), *codes)
 
-    def join(self, other: CodedLayer) -> CodedLayer:
+    def join(self, other: LayerReading) -> CodedLayer:
         """What both want, with every file read once."""
 
         def find_targets() -> Tensors:
@@ -134,77 +144,133 @@ class CodedLayer:
             self.install(tensors)
             other.install(tensors)
 
-        weights = self.weights or other.weights
-        passed_over = (*self.passed_over, *other.passed_over)
-        return replace(self, weights=weights, passed_over=passed_over, find_targets=find_targets, install=install)
+        plain = {file.record.path: file for file in (*self.plain, *other.plain)}
+        return replace(self, plain=tuple(plain.values()), find_targets=find_targets, install=install)
 
     def read(self, reader: FileReader) -> Tensors:
         """Fill the targets; see ``CheckedFile.read``. Takes as much memory as the codes."""
         targets = self.find_targets()
-        bases = self._read_weights(reader, targets)
-        for file in self.passed_over:
-            file.read(reader, lambda offset, piece: None)
+        rounded = {key for key in targets if key in self.stored and self.stored[key].base == "master"}
+        of_rounded = {self._master_of(key) for key in rounded}
+        # Masters first: the memory of weights that they are relative to is theirs alone until then.
+        wanted = sorted({*targets, *of_rounded}, key=lambda key: not key.startswith("state."))
+        held = self._read_plain(reader, wanted, targets)
+        content = self._read_codes(reader)
+        masters: dict[str, memoryview] = {}
+        for key in wanted:
+            target, is_packed = targets.get(key), self._is_unpacked(key)
+            if key not in self.stored and not is_packed:
+                continue
+            data = None if target is None else host_bytes(target)
+            out = memoryview(bytearray(self._meta_of(key).nbytes)) if data is None else data
+            if is_packed:
+                arrays = {name: _bytes_of(held[array_name(key, name)]) for name in self.packed[key].array_names}
+                self._decode(key, self.packed[key], arrays, _values(held[split_state_key(key)[0]], "BF16"), out)
+            if key in self.stored:
+                self._decode(key, self.stored[key], content[key], self._find_base(key, held, masters, out), out)
+            if data is None and target is not None:
+                fill_tensor(target, out)
+            if key in of_rounded:
+                masters[key] = out
+        return targets
+
+    def _master_of(self, fqn: str) -> str:
+        of_weight = (key for key in self.stored if key.startswith("state.") and split_state_key(key)[0] == fqn)
+        return next(key for key in of_weight if component_of(key) is Component.MASTER)
+
+    def _meta_of(self, key: str) -> TensorMeta:
+        return (self.stored if key in self.stored else self.packed)[key].meta
+
+    def _is_unpacked(self, key: str) -> bool:
+        """Whether the optimizer file's pieces of a master are needed: it is that, or its codes are relative to it."""
+        return key in self.packed and (key not in self.stored or self.stored[key].base == "exact")
+
+    def _base_names(self, key: str) -> Sequence[str]:
+        """The tensors of plain files that a value is made of."""
+        if self._is_unpacked(key):
+            return (split_state_key(key)[0], *(array_name(key, name) for name in self.packed[key].array_names))
+        base = self.stored[key].base if key in self.stored else None
+        if base == "rounded" and key.startswith("state."):
+            return (split_state_key(key)[0],)
+        return (key,) if base in ("exact", "rounded") else ()
+
+    def _read_plain(self, reader: FileReader, wanted: Sequence[str], targets: Tensors) -> Mapping[str, torch.Tensor]:
+        """Fill what is in the plain files as it is.
+
+        Returns:
+            What values are made of, by name in these files: in host memory; where it can be, the target itself.
+        """
+        metas = {name: stored.meta for file in self.plain for name, stored in file.header.tensors.items()}
+        into = {name: targets[name] for name in metas if name in targets and name not in self.stored}
+        bases: dict[str, torch.Tensor] = {}
+        for name in itertools.chain.from_iterable(map(self._base_names, wanted)):
+            target = targets.get(name)
+            is_fit = target is not None and meta_of(target) == metas[name] and host_bytes(target) is not None
+            bases.setdefault(name, target if target is not None and is_fit else _new_tensor(metas[name]))
+        for file in self.plain:
+            file.fill(reader, {**into, **bases})
+        for name in into.keys() & bases.keys():
+            if bases[name] is not into[name]:
+                fill_tensor(into[name], _bytes_of(bases[name]))
+        return bases
+
+    def _read_codes(self, reader: FileReader) -> Mapping[str, Mapping[str, memoryview]]:
+        """Bytes of each array of the codes file, by key and name."""
+        if self.codes is None:
+            return {}
         content = memoryview(bytearray(self.codes.record.bytes))
 
         def keep(offset: int, piece: memoryview) -> None:
             content[offset : offset + piece.nbytes] = piece
 
         self.codes.read(reader, keep)
-        for key, stored in self.stored.items():
-            if key in targets:
-                self._decode(key, stored, content, bases.get(key), targets[key])
-        return targets
+        ranges = {name: each.byte_range for name, each in self.codes.header.tensors.items()}
+        return {
+            key: {
+                name: content[ranges[array_name(key, name)].start : ranges[array_name(key, name)].end]
+                for name in stored.array_names
+            }
+            for key, stored in self.stored.items()
+        }
 
-    def _read_weights(self, reader: FileReader, targets: Tensors) -> Mapping[str, torch.Tensor]:
-        """Fill the weights that are in the weights file as they are.
-
-        Returns:
-            What codes are relative to, by key: where it can be, the target itself.
-        """
-        if self.weights is None:
-            return {}
-        bases: dict[str, torch.Tensor] = {}
-        into: dict[str, torch.Tensor] = {}
-        for name, in_file in self.weights.header.tensors.items():
-            stored = self.stored.get(name)
-            if stored is None:
-                into[name] = targets[name]
-            elif stored.base is not None:
-                is_same = stored.meta == in_file.meta and host_bytes(targets[name]) is not None
-                base = targets[name] if is_same else _new_tensor(in_file.meta)
-                into[name] = bases[name] = base
-        self.weights.fill(reader, into)
-        return bases
+    def _find_base(
+        self, key: str, held: Mapping[str, torch.Tensor], masters: Mapping[str, memoryview], out: memoryview
+    ) -> Values | None:
+        """What codes of the codes file are relative to."""
+        stored = self.stored[key]
+        if stored.base == "master":
+            return np.frombuffer(masters[self._master_of(key)], storage_type("F32"))
+        if self._is_unpacked(key):
+            return np.frombuffer(out, storage_type("F32"))
+        names = self._base_names(key)
+        return _values(held[names[0]], "BF16" if stored.base == "rounded" else stored.meta.dtype) if names else None
 
     def _decode(
-        self, key: str, stored: StoredCodes, content: memoryview, base: torch.Tensor | None, target: torch.Tensor
+        self, key: str, stored: StoredCodes, arrays: Mapping[str, memoryview], base: Values | None, out: memoryview
     ) -> None:
-        names = [*stored.arrays, *(["planes"] if stored.codec == "xor" else [])]
-        ranges = {name: self.codes.header.tensors[array_name(key, name)].byte_range for name in names}
-        arrays = {name: content[each.start : each.end] for name, each in ranges.items()}
-        if stored.codec == "exact":
-            fill_tensor(target, arrays["values"])
-            return
-        out = host_bytes(target)
-        data = memoryview(bytearray(stored.meta.nbytes)) if out is None else out
         try:
-            decode_tensor(stored, arrays, None if base is None else _values(base, stored), data)
+            decode_tensor(stored, arrays, base, out)
         except ValueError as err:
+            files = (*self.plain, *([] if self.codes is None else [self.codes]))
+            names = {array_name(key, name) for name in stored.array_names}
+            path = next((file.path for file in files if not names.isdisjoint(file.header.tensors)), None)
             raise FormatError(
-                f"codes cannot be decoded: {err}", kind="codes", path=self.codes.path, layer=self.layer, fqn=key
+                f"codes cannot be decoded: {err}", kind="codes", path=path, layer=self.layer, fqn=key
             ) from err
-        if out is None:
-            fill_tensor(target, data)
 
 
 def _new_tensor(meta: TensorMeta) -> torch.Tensor:
     return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
 
 
-def _values(base: torch.Tensor, stored: StoredCodes) -> Values:
-    data = host_bytes(base)
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    data = host_bytes(tensor)
     assert data is not None
-    return np.frombuffer(data, storage_type("BF16" if stored.base == "rounded" else stored.meta.dtype))
+    return data
+
+
+def _values(tensor: torch.Tensor, dtype: str) -> Values:
+    return np.frombuffer(_bytes_of(tensor), storage_type(dtype))
 
 
 LayerReading: TypeAlias = PlainFile | CodedLayer

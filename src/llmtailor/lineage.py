@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from . import __version__
 from .checkpoint import Checkpoint
 from .errors import UnsupportedError
-from .manifest import FileRecord, Manifest, Parent, SaveRecord, World, Writer
+from .manifest import FileRecord, LayerRecord, Manifest, Parent, SaveRecord, World, Writer
 from .save_plan import SavePlan
 from .storage import StagedCheckpoint
 from .tiers import Tiers
@@ -123,12 +123,12 @@ class Lineage:
         with self._mutex:
             self._planned.append((plan, handle))
 
-        def find_base(layer: str) -> tuple[Path, FileRecord] | None:
+        def find_base(layer: str) -> tuple[Path, LayerRecord] | None:
             with self._mutex:
                 record = self._rebase(plan).previous.get(layer)
                 if self._parent is None or record is None or not record.has_exact_weights:
                     return None
-                return self._parent.path, record.weights
+                return self._parent.path, record
 
         def plan_links(written: Mapping[str, WrittenLayer]) -> list[LinkedFile]:
             with self._mutex:

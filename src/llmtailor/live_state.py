@@ -24,7 +24,7 @@ from .optimizer_state import (
     unwrap_optimizer,
 )
 from .state_keys import state_key
-from .writer import LayerImage, optimizer_image, weights_image
+from .writer import LayerImage, find_masters, optimizer_image, weights_image
 
 __all__ = ["LiveLayers", "LiveReader"]
 
@@ -107,11 +107,10 @@ def _plan_image(layer: Layer, state: ModelState, states: Mapping[str, ParameterS
     tensors = {state_key(fqn, leaf): value for fqn, each in states.items() for leaf, value in each.tensors.items()}
     notes = {state_key(fqn, leaf): note for fqn, each in states.items() for leaf, note in each.notes.items()}
     stem = file_stem(layer)
-    return LayerImage(
-        layer=layer.name,
-        weights=weights_image(stem, {fqn: state.tensors[fqn] for fqn in layer.fqns if fqn in state.tensors}),
-        optimizer=optimizer_image(stem, tensors, notes),
-    )
+    weights = weights_image(stem, {fqn: state.tensors[fqn] for fqn in layer.fqns if fqn in state.tensors})
+    optimizer = optimizer_image(stem, tensors, notes)
+    masters = find_masters(weights, optimizer)
+    return LayerImage(layer=layer.name, weights=weights, optimizer=optimizer, masters=masters)
 
 
 def _record_optimizer(optimizer: torch.optim.Optimizer, names: ParameterNames) -> OptimizerRecord:

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, require_optimizer
+from .codecs import StoredCodes
 from .errors import FormatError, IncompatibleError, TailorError
 from .formats.safetensors import read_header
-from .formats.tailored import LayerCodes, read_codes_header
+from .formats.tailored import LayerCodes, read_codes_header, read_packed, state_metas
 from .layer_reading import CheckedFile, CodedLayer, LayerReading, PlainFile, Tensors
 from .manifest import EncodingRecord, FileRecord, LayerRecord
 from .model_state import ModelState, check_model
@@ -161,10 +162,13 @@ def plan_model(checkpoint: Checkpoint, state: ModelState) -> Load:
 def _join(of_model: Sequence[LayerReading], of_optimizers: Sequence[LayerReading]) -> tuple[LayerReading, ...]:
     """Every file once: weights and state of a coded layer are in one."""
     coded = {each.layer: each for each in of_optimizers if isinstance(each, CodedLayer)}
-    joined = [
-        each.join(coded.pop(each.layer)) if isinstance(each, CodedLayer) and each.layer in coded else each
-        for each in of_model
-    ]
+    joined: list[LayerReading] = []
+    for each in of_model:
+        partner = coded.pop(each.layer, None)
+        if partner is None:
+            joined.append(each)
+        else:
+            joined.append(each.join(partner) if isinstance(each, CodedLayer) else partner.join(each))
     plain = [each for each in of_optimizers if not isinstance(each, CodedLayer)]
     return (*joined, *plain, *coded.values())
 
@@ -173,19 +177,33 @@ def _weights_of(checkpoint: Checkpoint, layer: LayerRecord, state: ModelState) -
     if layer.encoding is None:
         file = _open_file(checkpoint, layer, layer.weights)
         tensors = {name: state.tensors[name] for name in file.header.tensors}
-        return PlainFile(file=file, find_targets=lambda: tensors, install=lambda tensors: None)
+        return PlainFile(layer=layer.name, file=file, find_targets=lambda: tensors, install=lambda tensors: None)
     codes, held = _open_codes(checkpoint, layer, layer.encoding)
-    file = _open_file(checkpoint, layer, layer.weights, held)
-    wanted = {name: state.tensors[name] for name in {*file.header.tensors, *held.weights}}
+    # Weights may be the rounding of masters, which are relative to those of then.
+    files, packed = _open_plain(checkpoint, layer, held, has_weights=True, has_state=held.is_relative_to_state)
+    wanted = {name: state.tensors[name] for name in {*files[0].header.tensors, *held.weights}}
     return CodedLayer(
         layer=layer.name,
         codes=codes,
         stored={**held.weights, **held.states},
-        weights=file,
-        passed_over=(),
+        packed=packed,
+        plain=files,
         find_targets=lambda: wanted,
         install=lambda tensors: None,
     )
+
+
+def _open_plain(
+    checkpoint: Checkpoint, layer: LayerRecord, codes: LayerCodes | None, *, has_weights: bool, has_state: bool
+) -> tuple[tuple[CheckedFile, ...], Mapping[str, StoredCodes]]:
+    """A layer's weights and optimizer file, as far as they are wanted and there, and what the latter has in pieces.
+
+    Masters in pieces are relative to the weights file, so it is there if they are.
+    """
+    optimizer = _open_file(checkpoint, layer, layer.optimizer, codes) if layer.optimizer and has_state else None
+    packed = {} if optimizer is None else read_packed(optimizer.path, optimizer.header)
+    weights = _open_file(checkpoint, layer, layer.weights, codes) if has_weights or packed else None
+    return tuple(file for file in (weights, optimizer) if file is not None), packed
 
 
 def _open_file(
@@ -350,30 +368,44 @@ def _states_of(layer: _SavedLayer, homes: Mapping[str, _Home]) -> LayerReading:
 
 def _open_states(checkpoint: Checkpoint, layer: LayerRecord) -> _SavedLayer:
     """Optimizer state of each parameter of a layer that has some, in its codes if it has those."""
-    file = None if layer.optimizer is None else _open_file(checkpoint, layer, layer.optimizer)
-    if layer.encoding is None:
-        assert file is not None
-        text = file.header.metadata.get(NOTES_KEY)
-        notes = parse_object(text.encode(), what="notes of an optimizer file", path=file.path) if text else {}
-        metas = {name: each.meta for name, each in file.header.tensors.items()}
+    if layer.encoding is not None:
+        codes, held = _open_codes(checkpoint, layer, layer.encoding)
+        # Masters may be relative to weights; whether or not they are, a later save links the optimizer file.
+        has_weights = any(stored.base == "rounded" for stored in held.states.values())
+        files, packed = _open_plain(checkpoint, layer, held, has_weights=has_weights, has_state=True)
+        metas, notes = {key: stored.meta for key, stored in held.states.items()}, held.notes
         return _SavedLayer(
-            states=_by_parameter(metas, notes, checkpoint, layer, file.path),
-            read=lambda targets, install: PlainFile(file=file, find_targets=targets, install=install),
+            states=_by_parameter(metas, notes, checkpoint, layer, codes.path),
+            read=lambda targets, install: CodedLayer(
+                layer=layer.name,
+                codes=codes,
+                stored={**held.weights, **held.states},
+                packed=packed,
+                plain=files,
+                find_targets=targets,
+                install=install,
+            ),
         )
-    codes, held = _open_codes(checkpoint, layer, layer.encoding)
-    metas = {key: stored.meta for key, stored in held.states.items()}
-    return _SavedLayer(
-        states=_by_parameter(metas, held.notes, checkpoint, layer, codes.path),
-        read=lambda targets, install: CodedLayer(
+    files, packed = _open_plain(checkpoint, layer, None, has_weights=False, has_state=True)
+    file = files[-1]
+    text = file.header.metadata.get(NOTES_KEY)
+    of_file = parse_object(text.encode(), what="notes of an optimizer file", path=file.path) if text else {}
+
+    def read(targets: Callable[[], Tensors], install: Callable[[Tensors], None]) -> LayerReading:
+        if not packed:
+            return PlainFile(layer=layer.name, file=file, find_targets=targets, install=install)
+        return CodedLayer(
             layer=layer.name,
-            codes=codes,
-            stored=held.states,
-            weights=None,
-            passed_over=() if file is None else (file,),
+            codes=None,
+            stored={},
+            packed=packed,
+            plain=files,
             find_targets=targets,
             install=install,
-        ),
-    )
+        )
+
+    metas = state_metas(file.header, packed)
+    return _SavedLayer(states=_by_parameter(metas, of_file, checkpoint, layer, file.path), read=read)
 
 
 def _by_parameter(

@@ -220,7 +220,9 @@ def _plan_layer(
     coded = code_layer(image, rest)
     if coded is None:
         return replace(choice, is_saved=True, reason=NO_GAIN), image.hold()
-    if rest.is_relative and not previous[choice.layer].has_exact_weights:
+    base = previous[choice.layer]
+    has_base = base.has_exact_weights and (base.optimizer is not None or not coded.is_relative_to_state)
+    if rest.is_relative and not has_base:
         return replace(choice, is_saved=True, reason=NO_BASE), image.hold()
     return choice, coded.hold()
 

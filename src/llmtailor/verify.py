@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from .codecs import array_name
+from .codecs import StoredCodes, array_name
 from .errors import FormatError, IntegrityError, NotFoundError
 from .formats.safetensors import Header, read_header
 from .formats.source_files import open_source
-from .formats.tailored import LayerCodes, read_codes_header, read_manifest, weights_metas
+from .formats.tailored import (
+    LayerCodes,
+    check_packed,
+    check_state_base,
+    read_codes_header,
+    read_manifest,
+    read_packed,
+    state_metas,
+    weights_metas,
+)
 from .manifest import MANIFEST_NAME, FileRecord, LayerRecord, Manifest
 from .storage import FileReader, read_files
 from .tensors import ByteRange
@@ -207,9 +216,14 @@ def _verify_file(
         # A writer's mistake is found here, not at resume.
         header = read_header(descriptor, path)[0]
         if layer.encoding is not None and record is layer.encoding.codes:
-            _check_codes(descriptor, path, header, read_codes_header(path, header, manifest, layer), layer)
+            codes = read_codes_header(path, header, manifest, layer)
+            _check_codes(descriptor, path, header, {**codes.weights, **codes.states}, layer)
+            if layer.optimizer is not None and codes.is_relative_to_state:
+                _check_state_base(checkpoint, layer, layer.optimizer, codes)
         else:
             check_layer_header(path, manifest, layer, record, header, _read_codes(checkpoint, manifest, layer))
+            if record is layer.optimizer:
+                _check_codes(descriptor, path, header, read_packed(path, header), layer)
 
 
 def _read_codes(checkpoint: Path, manifest: Manifest, layer: LayerRecord) -> LayerCodes | None:
@@ -221,7 +235,16 @@ def _read_codes(checkpoint: Path, manifest: Manifest, layer: LayerRecord) -> Lay
         return read_codes_header(path, read_header(descriptor, path)[0], manifest, layer)
 
 
-def _check_codes(descriptor: int, path: Path, header: Header, codes: LayerCodes, layer: LayerRecord) -> None:
+def _check_state_base(checkpoint: Path, layer: LayerRecord, record: FileRecord, codes: LayerCodes) -> None:
+    path = checkpoint / record.path
+    with open_published(checkpoint, record) as descriptor:
+        header = read_header(descriptor, path)[0]
+    check_state_base(path, layer, codes, state_metas(header, read_packed(path, header)))
+
+
+def _check_codes(
+    descriptor: int, path: Path, header: Header, codes: Mapping[str, StoredCodes], layer: LayerRecord
+) -> None:
     """Decode all codes of a file, one tensor at a time; what they are relative to does not matter here.
 
     Raises:
@@ -229,11 +252,10 @@ def _check_codes(descriptor: int, path: Path, header: Header, codes: LayerCodes,
     """
     from .codecs.decoding import decode_tensor  # numpy is not needed for checkpoints without codes
 
-    for key, stored in {**codes.weights, **codes.states}.items():
+    for key, stored in codes.items():
         if stored.codec == "exact":
             continue
-        names = [*stored.arrays, *(["planes"] if stored.codec == "xor" else [])]
-        ranges = {name: header.tensors[array_name(key, name)].byte_range for name in names}
+        ranges = {name: header.tensors[array_name(key, name)].byte_range for name in stored.array_names}
         arrays = {name: memoryview(_pread(descriptor, path, each)) for name, each in ranges.items()}
         try:
             decode_tensor(stored, arrays, None, memoryview(bytearray(stored.meta.nbytes)))
@@ -269,11 +291,11 @@ def check_layer_header(
         layer: Whose file it is.
         record: One of ``layer.plain_files``.
         header: Of the file.
-        codes: Of the layer; needed where the weights file is rounded.
+        codes: Of the layer; needed where the weights file is rounded, or codes are relative to the optimizer file.
 
     Raises:
-        FormatError: A tensor of the weights is missing, too many, or of another type or shape; or there is optimizer
-            state of another layer's parameter.
+        FormatError: A tensor of the weights is missing, too many, or of another type or shape; there is optimizer
+            state of another layer's parameter; or none that codes are relative to.
     """
     of_layer = [tensor for tensor in manifest.tensors if tensor.layer == layer.name]
     if record is layer.weights:
@@ -281,6 +303,10 @@ def check_layer_header(
         _check_tensors(path, expected, {name: str(stored.meta) for name, stored in header.tensors.items()})
     else:
         _check_state_names(path, [tensor.fqn for tensor in of_layer], header)
+        packed = read_packed(path, header)
+        check_packed(path, manifest, layer, packed)
+        if codes is not None:
+            check_state_base(path, layer, codes, state_metas(header, packed))
 
 
 def _check_tensors(path: Path, expected: dict[str, str], found: dict[str, str]) -> None:

@@ -202,7 +202,7 @@ def test_no_text_raises_anything_else(text: str) -> None:
 
 def test_limits_are_by_component() -> None:
     rest = dataclasses.replace(Q8, weights_limit=1, first_limit=2, second_limit=3)
-    assert [rest.limit(each) for each in Component] == [1, 2, 3, 0]
+    assert [rest.limit(each) for each in Component] == [1, 2, 3, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +214,8 @@ def test_limits_are_by_component() -> None:
         ("state.w.momentum_buffer", Component.FIRST),
         ("state.w.exp_avg_sq", Component.SECOND),
         ("state.w.square_avg", Component.SECOND),
+        ("state.w.master_param", Component.MASTER),
+        ("state.w.master", Component.MASTER),
         ("state.w.step", Component.OTHER),
         ("state.exp_avg.step", Component.OTHER),
         ("state.w.something", Component.OTHER),

@@ -439,6 +439,7 @@ HUGE = bytes.fromhex("28b52ffde0") + (2**40).to_bytes(8, "little") + b"\1\0\0"
         pytest.param(COMPRESSOR.compress(bytes(1998)), id="too few values"),
         pytest.param(COMPRESSOR.compress(bytes(2002)), id="too many values"),
         pytest.param(zstandard.ZstdCompressor(write_content_size=False).compress(bytes(2002)), id="too many, not said"),
+        pytest.param(zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1998)), id="too few, not said"),
         pytest.param(COMPRESSOR.compress(b""), id="no values"),
         pytest.param(HUGE, id="more than there is memory"),
         pytest.param(bytes(1999), id="raw, too short"),

@@ -181,6 +181,12 @@ def test_notes_on_another_layer_are_refused() -> None:
     assert (caught.value.kind, caught.value.fqn) == ("schema", "state.norm.weight.step")
 
 
+def test_notes_that_are_no_text_are_refused() -> None:
+    with pytest.raises(FormatError) as caught:
+        read("none", metadata={NOTES_KEY: '{"\ud800": "int"}'})
+    assert caught.value.kind in ("bad-json", "header-metadata")
+
+
 def test_state_in_a_checkpoint_of_weights_is_refused() -> None:
     layer = layer_of("none")
     assert layer.encoding is not None
@@ -210,6 +216,7 @@ BAD_TEXTS = {
     "no entry": None,
     "no JSON": "{",
     "a list": "[]",
+    "half a character": '{"\ud800": {}}',
     "a key twice": '{"a": {}, "a": {}}',
     "no codec": json.dumps({"a": {"dtype": "F32", "shape": []}}),
     "an unknown codec": json.dumps({"a": {"codec": "int2", "dtype": "F32", "shape": [1]}}),
@@ -230,4 +237,4 @@ BAD_TEXTS = {
 def test_headers_that_make_no_sense_are_refused(name: str) -> None:
     with pytest.raises(FormatError) as caught:
         read("none", metadata={CODES_KEY: BAD_TEXTS[name]})
-    assert caught.value.kind in ("codes", "codec", "bad-json")
+    assert caught.value.kind in ("codes", "codec", "bad-json", "header-metadata")

@@ -99,14 +99,7 @@ class Training:
             self.step += 1
 
     def state(self) -> Snapshot:
-        """A copy of all that a checkpoint holds, by the names in its files."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        for parameter, leaves in self.optimizer.state.items():
-            for leaf, value in leaves.items():
-                if isinstance(value, torch.Tensor):
-                    state[f"state.{names[parameter]}.{leaf}"] = value.detach().clone()
-        return state
+        return state_of(self.model, self.optimizer)
 
     def save(self) -> SaveHandle:
         self.states[self.step] = self.state()
@@ -127,6 +120,17 @@ class Training:
                 assert_same(found, expected)
         held = {name for file in path.rglob("*.safetensors") for name in safetensors.torch.load_file(file)}
         assert held == set(self.states[manifest.step]), "something is not in the checkpoint"
+
+
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """A copy of all that a checkpoint holds, by the names in its files."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for parameter, leaves in optimizer.state.items():
+        for leaf, value in leaves.items():
+            if isinstance(value, torch.Tensor):
+                state[f"state.{names[parameter]}.{leaf}"] = value.detach().clone()
+    return state
 
 
 def write_small_file(directory: Path) -> None:

@@ -24,7 +24,8 @@ __all__ = ["NUMPY_TYPES", "Fetch", "Operands"]
 
 # numpy has no bfloat16; here it is the upper half of an F32, in a uint16.
 NUMPY_TYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U16": "<u2", "U8": "u1", "I8": "i1",
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+    "I64": "<i8", "I16": "<i2", "U16": "<u2", "U8": "u1", "I8": "i1",
 }  # fmt: skip
 
 Fetch: TypeAlias = Callable[[Sequence[Copy], memoryview], None]
@@ -47,6 +48,8 @@ class Operands:
         self._max_nbytes = max_nbytes
         self._frames: dict[int, tuple[int, Values]] = {}
         """By tensor: number and values of the frame that was unpacked last."""
+        self._ties: dict[int, Values] = {}
+        """By tensor: its ties."""
         self._bounds: dict[int, list[tuple[int, int]]] = {}
         """By tensor: where its frames are."""
 
@@ -85,13 +88,32 @@ class Operands:
             return self._unpack(tensor, start, stop, base).view(dtype)
         low = start - start % BLOCK_NUMEL
         arrays = {
-            name: self.read(array, *_range_of(name, tensor.codec, low, stop)) for name, array in tensor.arrays.items()
+            name: self.read(array, *_range_of(name, tensor.codec, low, stop))
+            for name, array in tensor.arrays.items()
+            if name != "ties"
         }
+        if "ties" in tensor.arrays:
+            arrays["ties"] = self._find_ties(tensor, arrays["codes"], low, stop)
         if not all(_are_finite(arrays[name]) for name in ("scales", "lows") if name in arrays):
             raise _refuse(tensor, "a scale is not finite")
         values = np.empty(stop - low, dtype)
         decode(tensor.codec, tensor.meta.dtype, arrays, None if tensor.base is None else base(low, stop), values)
         return values[start - low :]
+
+    def _find_ties(self, tensor: CodedTensor, codes: Values, start: int, stop: int) -> Values:
+        """The ties among some elements, counted from the first of them."""
+        from ..codecs.decoding import check_codes_of_ties, check_ties, cut_ties
+
+        try:
+            if id(tensor) not in self._ties:
+                ties = self.read(tensor.arrays["ties"], 0, tensor.arrays["ties"].meta.numel)
+                check_ties(ties, tensor.meta.numel)
+                self._ties[id(tensor)] = ties
+            found = cut_ties(self._ties[id(tensor)], start, stop)
+            check_codes_of_ties(codes, found)
+        except ValueError as err:
+            raise _refuse(tensor, str(err)) from err
+        return found
 
     def _unpack(self, tensor: CodedTensor, start: int, stop: int, base: Callable[[int, int], Values]) -> Values:
         import numpy as np

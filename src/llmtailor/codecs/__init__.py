@@ -11,14 +11,25 @@ defines every codec. Importing this brings in neither torch nor numpy.
 """
 
 from .deviation import Deviation
-from .rest import SKIP, Component, Rest, component_of, parse_rest
-from .stored import BASE_KEY, BLOCK_NUMEL, CODES_KEY, StoredCodes, array_name, parse_codes, record_codes
+from .rest import MIN_NUMEL, SKIP, Component, Rest, component_of, parse_rest
+from .stored import (
+    BASE_KEY,
+    BLOCK_NUMEL,
+    CODES_KEY,
+    STATE_BASE_KEY,
+    StoredCodes,
+    array_name,
+    parse_codes,
+    record_codes,
+)
 
 __all__ = [
     "BASE_KEY",
     "BLOCK_NUMEL",
     "CODES_KEY",
+    "MIN_NUMEL",
     "SKIP",
+    "STATE_BASE_KEY",
     "Component",
     "Deviation",
     "Rest",

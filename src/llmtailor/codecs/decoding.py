@@ -16,7 +16,17 @@ import numpy as np
 
 from .stored import BLOCK_NUMEL, FRAME_NUMEL, StoredCodes
 
-__all__ = ["Values", "decode", "decode_tensor", "frames_of", "storage_type", "unpack_frame"]
+__all__ = [
+    "Values",
+    "check_codes_of_ties",
+    "check_ties",
+    "cut_ties",
+    "decode",
+    "decode_tensor",
+    "frames_of",
+    "storage_type",
+    "unpack_frame",
+]
 
 Values: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -32,7 +42,7 @@ _STORAGE = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}
 """numpy has no bfloat16: here it is the upper half of an F32, in a uint16."""
 
 
-_ARRAY_TYPES = {"I8": "<i1", "U8": "<u1", "U16": "<u2", "BF16": "<u2"}
+_ARRAY_TYPES = {"I8": "<i1", "I16": "<i2", "I64": "<i8", "U8": "<u1", "U16": "<u2", "BF16": "<u2"}
 
 
 def storage_type(dtype: str) -> np.dtype[Any]:
@@ -47,9 +57,9 @@ def decode(codec: str, dtype: str, arrays: Mapping[str, Values], base: Values | 
         codec: Any but ``exact`` and ``xor``.
         dtype: Of the tensor: F32, BF16 or F16.
         arrays: As in ``stored``, flat, cut to these blocks; BF16 as uint16. Of the tensor's last block as much as
-            there is.
-        base: What the codes are relative to: of ``delta``, F32 values; of ``tail``, BF16 values; flat, as many as
-            ``out``. May be ``out`` itself.
+            there is. Ties counted from the first of these blocks.
+        base: What the codes are relative to: of ``delta`` and ``round``, F32 values; of ``tail``, BF16 values; flat, as
+            many as ``out``. May be ``out`` itself.
         out: Where they go: flat, of ``storage_type(dtype)``.
     """
     numel = out.shape[0]
@@ -66,7 +76,35 @@ def decode(codec: str, dtype: str, arrays: Mapping[str, Values], base: Values | 
             _round(values.reshape(-1)[:count], dtype, out[start : start + count])
 
 
+def cut_ties(ties: Values, start: int, stop: int) -> Values:
+    """Those among the elements ``start`` to ``stop``, counted from there."""
+    first, last = np.searchsorted(ties, (start, stop))
+    return ties[first:last] - start
+
+
+def check_ties(ties: Values, numel: int) -> None:
+    """Raise unless ties are numbers of elements, in order.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if ties.shape[0] and not (ties[0] >= 0 and (ties[1:] > ties[:-1]).all() and ties[-1] < numel):
+        raise ValueError("the ties do not ascend, or are not there")
+
+
+def check_codes_of_ties(codes: Values, ties: Values) -> None:
+    """Raise unless the codes of ties are those of ties.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if (codes[ties] != -0x8000).any():
+        raise ValueError("a tie is none")
+
+
 def _cut(name: str, array: Values, first: int, blocks: int, count: int, codec: str) -> Values:
+    if name == "ties":
+        return cut_ties(array, first * BLOCK_NUMEL, first * BLOCK_NUMEL + count)
     if name != "codes":
         return array[first : first + blocks]
     if codec.endswith("4"):
@@ -101,6 +139,14 @@ def _decode_strip(codec: str, arrays: Mapping[str, Values], base: Values | None,
             bits = flat.view(np.uint32)[:count]
             if base is not None:
                 np.add(bits, base.astype(np.uint32) << np.uint32(16), out=bits)
+        case "tail16":
+            bits = flat.view(np.uint32)[:count]
+            flat.view(np.int32)[:count] = arrays["codes"]
+            bits[arrays["ties"]] += np.uint32(0x10000)
+            if base is not None:
+                np.add(bits, base.astype(np.uint32) << np.uint32(16), out=bits)
+        case "round":
+            flat[:count] = 0 if base is None else base
         case _:
             raise AssertionError(codec)
 
@@ -141,8 +187,8 @@ def decode_tensor(stored: StoredCodes, arrays: Mapping[str, memoryview], base: V
     Args:
         stored: What the arrays are.
         arrays: Bytes of each array, by name.
-        base: What the codes are relative to, as for ``decode``; of ``xor``, uint16. May be the memory of ``out``. None
-            for codes that are relative to nothing, and to look at the codes alone.
+        base: What the codes are relative to, as for ``decode``; of ``xor``, any 16 bits. May be the memory of ``out``.
+            None for codes that are relative to nothing, and to look at the codes alone.
         out: The tensor's bytes, row-major.
 
     Raises:
@@ -157,13 +203,18 @@ def decode_tensor(stored: StoredCodes, arrays: Mapping[str, memoryview], base: V
         frames = frames_of(np.frombuffer(arrays["ends"], "<i8"), planes.nbytes)
         for index, (start, end) in enumerate(frames):
             part = slice(index * FRAME_NUMEL, (index + 1) * FRAME_NUMEL)
-            target = values[part]
-            unpack_frame(planes[start:end], np.zeros_like(target) if base is None else base[part], target)
+            target = values.view("<u2")[part]
+            of_base = np.zeros_like(target) if base is None else base.view("<u2")[part]
+            unpack_frame(planes[start:end], of_base, target)
         return
     metas = stored.arrays
-    found = {name: np.frombuffer(data, _ARRAY_TYPES[metas[name].dtype]) for name, data in arrays.items()}
+    types = {name: metas[name].dtype if name in metas else "I64" for name in arrays}
+    found = {name: np.frombuffer(data, _ARRAY_TYPES[types[name]]) for name, data in arrays.items()}
     if not all(np.isfinite(_widen(array)).all() for name, array in found.items() if name in ("scales", "lows")):
         raise ValueError("a scale is not finite")
+    if stored.codec == "tail16":
+        check_ties(found["ties"], values.shape[0])
+        check_codes_of_ties(found["codes"], found["ties"])
     decode(stored.codec, stored.meta.dtype, found, base, values)
 
 

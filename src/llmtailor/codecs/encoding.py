@@ -8,8 +8,8 @@ A strip is a row of whole blocks (the last one filled up with zeros).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
@@ -18,15 +18,23 @@ from .stored import BLOCK_NUMEL, FRAME_NUMEL
 if TYPE_CHECKING:
     import zstandard
 
-__all__ = ["KERNELS", "Encoded", "Kernel", "pack_frame"]
+__all__ = ["KERNELS", "Encoded", "Kernel", "pack_frame", "split_master"]
 
 _HALF = BLOCK_NUMEL // 2
 
 Encoded: TypeAlias = tuple[torch.Tensor, ...]
 """The arrays of a strip in the order of ``StoredCodes.arrays``, flat; of ``tail`` then the BF16 rounding that they are
-relative to; at last the measures: F32 [5], see ``_measure``. Scales, lows and steps as the bits of an int16."""
-Kernel: TypeAlias = Callable[[torch.Tensor, torch.Tensor | None], Encoded]
-"""Values (whole blocks, flat or a row a block; F32, BF16 or F16) and, of ``delta``, what they are relative to."""
+relative to; then the measures: F32 [5], see ``_measure``. Scales, lows and steps as the bits of an int16. Of masters,
+there is no BF16 rounding, and at last come the measures of their weights: F32 [6], see ``_measure_weights``."""
+
+
+class Kernel(Protocol):
+    """Values (whole blocks, flat or a row a block; F32, BF16 or F16); of ``delta``, what they are relative to; and, if
+    the values are masters (F32), their weights (BF16 or F16)."""
+
+    def __call__(
+        self, values: torch.Tensor, base: torch.Tensor | None, weights: torch.Tensor | None = None, /
+    ) -> Encoded: ...
 
 
 def _upper(values: torch.Tensor) -> torch.Tensor:
@@ -72,12 +80,22 @@ def _measure(values: torch.Tensor, errors: torch.Tensor, largest: torch.Tensor) 
     return torch.stack([(near * near).sum(), (norm * norm).sum(), largest, magnitude, factor])
 
 
+def _measure_weights(masters: torch.Tensor, decoded: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """As ``_measure``, of weights that are to be the rounded masters; at last whether some are not."""
+    true = weights.float()
+    is_other = _as_decoded(masters, weights.dtype).view(torch.int32) != true.view(torch.int32)
+    errors = _as_decoded(decoded, weights.dtype) - true
+    return torch.cat([_measure(true, errors, errors.abs().amax()), is_other.any().float().view(1)])
+
+
 def _pack(codes: torch.Tensor) -> torch.Tensor:
     """Two 4-bit codes in a byte: of each block, the first half low, the second half high."""
     return (codes[:, :_HALF] | (codes[:, _HALF:] << 4)).to(torch.uint8)
 
 
-def _linear(values: torch.Tensor, base: torch.Tensor | None, levels: int) -> Encoded:
+def _linear(
+    values: torch.Tensor, base: torch.Tensor | None, levels: int, weights: torch.Tensor | None = None
+) -> Encoded:
     dtype = values.dtype
     values = values.float()
     blocks = (values if base is None else values - base).view(-1, BLOCK_NUMEL)
@@ -85,9 +103,11 @@ def _linear(values: torch.Tensor, base: torch.Tensor | None, levels: int) -> Enc
     steps = _float_of(scales << 16)[:, None]
     codes = torch.round(blocks / torch.where(steps > 0, steps, 1.0))
     decoded = (codes * steps).view_as(values)
-    errors = _as_decoded(decoded if base is None else decoded + base, dtype) - values
+    decoded = decoded if base is None else decoded + base
+    errors = _as_decoded(decoded, dtype) - values
     stored = codes.to(torch.int8) if levels > 7 else _pack(codes.to(torch.int32) + 8)
-    return stored.view(-1), scales.to(torch.int16), _measure(values, errors, errors.abs().amax())
+    encoded = stored.view(-1), scales.to(torch.int16), _measure(values, errors, errors.abs().amax())
+    return encoded if weights is None else (*encoded, _measure_weights(values, decoded, weights))
 
 
 def _logarithmic(values: torch.Tensor, levels: int, shift: int) -> Encoded:
@@ -114,30 +134,63 @@ def _logarithmic(values: torch.Tensor, levels: int, shift: int) -> Encoded:
     return stored.view(-1), lows.to(torch.int16), steps.to(torch.int16), measures
 
 
-def _tail(values: torch.Tensor, levels: int, shift: int) -> Encoded:
+def _tail(values: torch.Tensor, levels: int, shift: int, weights: torch.Tensor | None = None) -> Encoded:
     """What BF16 leaves of an F32, in its last bits; between the codes and the measures stands the BF16."""
     bits = values.view(torch.int32)
     rounded = _nearest_bf16(bits)
     rest = (bits - rounded).float()
     codes = torch.floor(rest * (1.0 / (1 << shift)) + 0.5).clamp(-levels - 1, levels)
+    if weights is not None:
+        # The lowest code is half of a BF16 away, where an odd one is not the nearest any more.
+        codes = torch.where((rounded >> 16) & 1 != 0, codes.clamp_min(-levels), codes)
     errors = _float_of(rounded + codes.to(torch.int32) * (1 << shift)) - values
     # From F32, which is vectorized where it is not from I32.
     stored = codes.to(torch.int8) if levels > 7 else _pack((codes + 8).to(torch.int32).view(-1, BLOCK_NUMEL))
-    halves = values.to(torch.bfloat16).view(-1)
-    return stored.view(-1), halves, _measure(values, errors, errors.abs().amax())
+    measures = _measure(values, errors, errors.abs().amax())
+    if weights is not None:
+        return stored.view(-1), measures, _measure_weights(values, values, weights)
+    return stored.view(-1), values.to(torch.bfloat16).view(-1), measures
 
 
 KERNELS: Mapping[str, Kernel] = {
-    "int8": lambda values, base: _linear(values, None, 127),
-    "int4": lambda values, base: _linear(values, None, 7),
-    "delta8": lambda values, base: _linear(values, base, 127),
-    "delta4": lambda values, base: _linear(values, base, 7),
-    "log8": lambda values, base: _logarithmic(values, 255, 8),
-    "log4": lambda values, base: _logarithmic(values, 15, 12),
-    "tail8": lambda values, base: _tail(values, 127, 8),
-    "tail4": lambda values, base: _tail(values, 7, 12),
+    "int8": lambda values, base, weights=None: _linear(values, None, 127),
+    "int4": lambda values, base, weights=None: _linear(values, None, 7),
+    "delta8": lambda values, base, weights=None: _linear(values, base, 127, weights),
+    "delta4": lambda values, base, weights=None: _linear(values, base, 7, weights),
+    "log8": lambda values, base, weights=None: _logarithmic(values, 255, 8),
+    "log4": lambda values, base, weights=None: _logarithmic(values, 15, 12),
+    "tail8": lambda values, base, weights=None: _tail(values, 127, 8, weights),
+    "tail4": lambda values, base, weights=None: _tail(values, 7, 12, weights),
 }
-"""By codec; of values that are finite and below 2^120. A negative value in ``log`` makes a measure that is NaN."""
+"""By codec; of values that are finite and below 2^120. A negative value in ``log`` makes a measure that is NaN.
+``delta`` and ``tail`` alone are of masters."""
+
+
+def split_master(master: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What a weight lacks of its master: the arrays of ``tail16``.
+
+    Args:
+        master: F32, flat.
+        weight: BF16, as many.
+
+    Returns:
+        Codes (I16, not contiguous) and ties (I64); None if the weight is not the rounded master.
+    """
+    bits = master.view(torch.int32)
+    of_weight = weight.view(torch.int16).to(torch.int32) << 16
+    rest = bits - of_weight
+    low, high = (int(each) for each in rest.aminmax())
+    # What is added to a number with 16 zeros at the end is what stands there, whichever neighbour that number is.
+    codes = bits.view(torch.int16).view(-1, 2)[:, 0]
+    if low > -0x8000 and high < 0x8000:
+        return codes, torch.empty(0, dtype=torch.int64, device=master.device)
+    if low < -0x8000 or high > 0x8000:
+        return None
+    is_half = rest.abs() == 0x8000
+    is_odd = (of_weight & 0x10000) != 0
+    if bool((is_half & is_odd).any()):
+        return None
+    return codes, (rest == 0x8000).nonzero().view(-1)
 
 
 def pack_frame(values: torch.Tensor, base: torch.Tensor, compressor: zstandard.ZstdCompressor) -> bytes:

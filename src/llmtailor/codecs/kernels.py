@@ -16,12 +16,12 @@ import torch
 from .encoding import KERNELS, Kernel
 from .stored import BLOCK_NUMEL
 
-__all__ = ["KernelKey", "Kernels"]
+__all__ = ["KernelKey", "Kernels", "master_codec"]
 
 logger = logging.getLogger(__name__)
 
 KernelKey: TypeAlias = tuple[str, torch.dtype, torch.device]
-"""Codec, element type and device of the values."""
+"""Codec (see ``master_codec``), element type and device of the values."""
 
 # Below this the reference is done before a compiler would be.
 _MIN_COMPILED_NUMEL = 2**24
@@ -34,6 +34,13 @@ _DEVICE_STRIP_NUMEL = 2**22
 # Source: torch 2.13, aten/src/ATen/TensorIterator.h (GRAIN_SIZE).
 _REFERENCE_STRIP_NUMEL = 2**15
 assert not _REFERENCE_STRIP_NUMEL % BLOCK_NUMEL
+
+_WEIGHT_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def master_codec(codec: str, dtype: str) -> str:
+    """What the kernel of a codec is called for masters whose weights are of that type."""
+    return f"{codec}:{dtype}"
 
 
 class Kernels:
@@ -74,21 +81,26 @@ class Kernels:
 
     def get(self, codec: str, values: torch.Tensor) -> Kernel:
         """The kernel for a strip."""
+        reference = KERNELS[codec.partition(":")[0]]
         if values.numel() < _MIN_FUSED_NUMEL:
-            return KERNELS[codec]
-        return self._fused.get((codec, values.dtype, values.device), KERNELS[codec])
+            return reference
+        return self._fused.get((codec, values.dtype, values.device), reference)
 
 
 def _compile(key: KernelKey) -> Kernel:
     """A fused kernel, and its first call."""
-    codec, dtype, device = key
+    name, dtype, device = key
+    codec, _, of_weights = name.partition(":")
     # One thread: the others are the training's.
     options: dict[str, Any] | None = {"cpp.threads": 1} if device.type == "cpu" else None
     fused: Kernel = torch.compile(KERNELS[codec], fullgraph=True, options=options)
     values = torch.ones(_HOST_STRIP_NUMEL // BLOCK_NUMEL, BLOCK_NUMEL, dtype=dtype, device=device)
     base = values.clone() if codec.startswith("delta") else None
-    for each in (values, *([] if base is None else [base])):
-        torch._dynamo.mark_dynamic(each, 0)
+    weights = values.to(_WEIGHT_TYPES[of_weights]) if of_weights else None
+    for each in (values, base, weights):
+        if each is not None:
+            torch._dynamo.mark_dynamic(each, 0)
     with torch.no_grad():
-        fused(values, base)
+        # Whoever calls it without weights calls it with two.
+        fused(values, base) if weights is None else fused(values, base, weights)
     return fused

@@ -22,7 +22,7 @@ from ..state_keys import split_state_key
 from ..tensors import TensorMeta
 from .stored import StoredCodes
 
-__all__ = ["SKIP", "Component", "Rest", "component_of", "parse_rest"]
+__all__ = ["MIN_NUMEL", "SKIP", "Component", "Rest", "component_of", "parse_rest"]
 
 
 class Component(StrEnum):
@@ -33,6 +33,8 @@ class Component(StrEnum):
     """First moments: of either sign, about as large as a gradient."""
     SECOND = "second"
     """Second moments: never negative, over many orders of magnitude."""
+    MASTER = "master"
+    """What a 16-bit weight is the rounding of."""
     OTHER = "other"
     """Counters, whatever we do not know: always exact."""
 
@@ -40,9 +42,11 @@ class Component(StrEnum):
 # Source: torch 2.13, optim/{adam,adamw,sgd,rmsprop,adagrad,adadelta,adamax,_muon}.py (names in ``state``).
 _FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 _SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"})
+# Source: TransformerEngine 2.9, pytorch/optimizers/fused_adam.py (master_param); the others are in use elsewhere.
+_MASTER = frozenset({"master_param", "master_weight", "master"})
 
 # Below this codes save less than a page, and such tensors (norms, biases) count for much.
-_MIN_NUMEL = 4096
+MIN_NUMEL = 4096
 
 
 def component_of(key: str) -> Component:
@@ -52,6 +56,8 @@ def component_of(key: str) -> Component:
     leaf = split_state_key(key)[1]
     if leaf in _FIRST:
         return Component.FIRST
+    if leaf in _MASTER:
+        return Component.MASTER
     return Component.SECOND if leaf in _SECOND else Component.OTHER
 
 
@@ -71,7 +77,7 @@ class Rest:
     ``exact``: its weights file is written anew, and its optimizer state is in the codes alone."""
     first: str
     second: str
-    weights_limit: float = 0.01
+    weights_limit: float = 0.05
     """Relative L2 error above which the layer is written exactly instead."""
     first_limit: float = 0.25
     second_limit: float = 0.5
@@ -109,25 +115,30 @@ class Rest:
             Component.WEIGHTS: self.weights_limit,
             Component.FIRST: self.first_limit,
             Component.SECOND: self.second_limit,
+            Component.MASTER: self.weights_limit,
             Component.OTHER: 0.0,
         }[component]
 
-    def codes_for(self, key: str, meta: TensorMeta) -> StoredCodes:
+    def codes_for(self, key: str, meta: TensorMeta, *, weight: TensorMeta | None = None) -> StoredCodes:
         """How a tensor is to be written, if its values allow.
 
         Args:
             key: Its fqn, or ``state.<fqn>.<leaf>``.
             meta: Its type and shape.
+            weight: Of a master: type and shape of its weight, where it is the master of that; else it is kept.
         """
-        return StoredCodes(codec=self._codec_for(component_of(key), meta), meta=meta)
+        return StoredCodes(codec=self._codec_for(component_of(key), meta, weight), meta=meta)
 
-    def _codec_for(self, component: Component, meta: TensorMeta) -> str:
-        if meta.numel < _MIN_NUMEL or meta.dtype not in ("F32", "BF16", "F16") or component is Component.OTHER:
+    def _codec_for(self, component: Component, meta: TensorMeta, weight: TensorMeta | None) -> str:
+        if meta.numel < MIN_NUMEL or meta.dtype not in ("F32", "BF16", "F16") or component is Component.OTHER:
             return "exact"
         if component is Component.FIRST:
             return self.first
         if component is Component.SECOND:
             return self.second
+        if component is Component.MASTER:
+            is_coded = weight is not None and (self.is_relative or weight.dtype == "BF16")
+            return self.weights if is_coded else "exact"
         if meta.dtype == "F32":
             return self.weights
         # 16-bit weights are small already; against earlier ones they can be packed without loss.

@@ -11,7 +11,12 @@ and the type and shape of the tensor they stand for. Pure; no bytes.
 | log8, log4     | F32, BF16, F16 | codes: U8 [n] or U8 [32 b]; lows: BF16 [b]; steps: U16 [b] |                   |
 | delta8, delta4 | F32            | as int8, int4                                              | the exact tensor  |
 | tail8, tail4   | F32            | codes: I8 [n] or U8 [32 b]                                 | its BF16 rounding |
+| tail16         | F32            | codes: I16 [n]; ties: I64 [any]                            | its BF16 rounding |
 | xor            | BF16, F16      | planes: U8 [any]; ends: I64 [ceil(n / 2^20)]               | the exact tensor  |
+| round          | BF16, F16      | none                                                       | its master        |
+
+The codes of a master, ``state.<fqn>.<leaf>``, are relative to the exact master, or to its weight, which is BF16.
+``tail16`` is without loss, and what an optimizer file may hold a master as.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ __all__ = [
     "BLOCK_NUMEL",
     "CODES_KEY",
     "FRAME_NUMEL",
+    "STATE_BASE_KEY",
     "StoredCodes",
     "array_name",
     "parse_codes",
@@ -41,6 +47,8 @@ CODES_KEY = "llmtailor.codes"
 """In the ``__metadata__`` of a codes file."""
 BASE_KEY = "llmtailor.base"
 """In the same: digest of the earlier weights file that the codes are relative to, if they are."""
+STATE_BASE_KEY = "llmtailor.state_base"
+"""In the same: digest of the earlier optimizer file that the codes are relative to, if they are to that, too."""
 BLOCK_NUMEL = 64
 """Elements, in row-major order, that share a scale."""
 FRAME_NUMEL = 2**20
@@ -57,10 +65,14 @@ _DTYPES_OF = {
     "delta4": frozenset({"F32"}),
     "tail8": frozenset({"F32"}),
     "tail4": frozenset({"F32"}),
+    "tail16": frozenset({"F32"}),
     "xor": frozenset({"BF16", "F16"}),
+    "round": frozenset({"BF16", "F16"}),
 }
+# Arrays whose size is only known when they are written, and their type.
+_OPEN_ARRAYS = {"xor": {"planes": "U8"}, "tail16": {"ties": "I64"}}
 
-Base = Literal["exact", "rounded"]
+Base = Literal["exact", "rounded", "master"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +85,7 @@ class StoredCodes:
 
     @property
     def arrays(self) -> Mapping[str, TensorMeta]:
-        """Type and shape of each array; what ``xor`` takes is only known when it is written, and left out here."""
+        """Type and shape of each array; those whose size is only known when they are written are left out here."""
         numel = self.meta.numel
         blocks = -(-numel // BLOCK_NUMEL)
         scales = {"scales": TensorMeta(dtype="BF16", shape=(blocks,))}
@@ -98,9 +110,23 @@ class StoredCodes:
                 return signed
             case "tail4":
                 return packed
+            case "tail16":
+                return {"codes": TensorMeta(dtype="I16", shape=(numel,))}
             case "xor":
                 return {"ends": TensorMeta(dtype="I64", shape=(-(-numel // FRAME_NUMEL),))}
+            case "round":
+                return {}
         raise AssertionError(self.codec)
+
+    @property
+    def max_ties(self) -> int:
+        """Of ``tail16``: how many there may be, so that whoever looks for one finds all in memory."""
+        return self.meta.numel // BLOCK_NUMEL
+
+    @property
+    def array_names(self) -> tuple[str, ...]:
+        """Of all arrays."""
+        return (*self.arrays, *_OPEN_ARRAYS.get(self.codec, ()))
 
     @property
     def nbytes(self) -> int:
@@ -110,10 +136,13 @@ class StoredCodes:
 
     @property
     def base(self) -> Base | None:
-        """What the codes are relative to: the tensor's exact earlier values, its own BF16 rounding, or nothing."""
+        """What the codes are relative to: the tensor's exact earlier values, its own BF16 rounding (of a master: its
+        weight), its master, or nothing."""
         if self.codec in ("delta8", "delta4", "xor"):
             return "exact"
-        return "rounded" if self.codec in ("tail8", "tail4") else None
+        if self.codec == "round":
+            return "master"
+        return "rounded" if self.codec in ("tail8", "tail4", "tail16") else None
 
 
 def array_name(key: str, array: str) -> str:
@@ -153,9 +182,11 @@ def parse_codes(text: str | None, arrays: Mapping[str, TensorMeta], path: Path |
     expected: dict[str, TensorMeta] = {}
     for key, each in result.items():
         expected.update({array_name(key, array): meta for array, meta in each.arrays.items()})
-        if each.codec == "xor":
-            planes = array_name(key, "planes")
-            expected[planes] = _check_planes(planes, arrays, path)
+        for array, dtype in _OPEN_ARRAYS.get(each.codec, {}).items():
+            name = array_name(key, array)
+            expected[name] = _check_open_array(name, dtype, arrays, path)
+            if array == "ties" and expected[name].numel > each.max_ties:
+                raise _refuse(path, name, f"at most I64[{each.max_ties}]", expected[name])
     for name in sorted(expected.keys() | arrays.keys()):
         if expected.get(name) != arrays.get(name):
             raise _refuse(path, name, expected.get(name, "no such array"), arrays.get(name, "no such array"))
@@ -184,10 +215,10 @@ def _parse_entry(key: str, entry: Any, path: Path | str) -> StoredCodes:
     return StoredCodes(codec=codec, meta=TensorMeta(dtype=dtype, shape=tuple(shape)))
 
 
-def _check_planes(name: str, arrays: Mapping[str, TensorMeta], path: Path | str) -> TensorMeta:
+def _check_open_array(name: str, dtype: str, arrays: Mapping[str, TensorMeta], path: Path | str) -> TensorMeta:
     found = arrays.get(name)
-    if found is None or found.dtype != "U8" or len(found.shape) != 1:
-        raise _refuse(path, name, "U8[bytes]", found or "no such array")
+    if found is None or found.dtype != dtype or len(found.shape) != 1:
+        raise _refuse(path, name, f"{dtype}[any]", found or "no such array")
     return found
 
 

@@ -3,7 +3,7 @@
 from .coded_images import CodedImage, code_layer
 from .engine import Engine
 from .handle import Durability, SaveHandle, SaveStats
-from .images import FileImage, LayerImage, optimizer_image, weights_image
+from .images import FileImage, LayerImage, find_masters, optimizer_image, weights_image
 from .job import LinkedFile, SaveCost, SaveJob, WrittenCodes, WrittenLayer
 from .life import SaveState, WhenBusy, admit
 from .mirror import Mirror, MirrorHandle
@@ -27,6 +27,7 @@ __all__ = [
     "WrittenLayer",
     "admit",
     "code_layer",
+    "find_masters",
     "optimizer_image",
     "weights_image",
 ]

@@ -8,7 +8,16 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from ..codecs import BASE_KEY, CODES_KEY, Component, Rest, StoredCodes, component_of, record_codes
+from ..codecs import (
+    BASE_KEY,
+    CODES_KEY,
+    STATE_BASE_KEY,
+    Component,
+    Rest,
+    StoredCodes,
+    component_of,
+    record_codes,
+)
 from ..state_keys import NOTES_KEY
 from .images import FileImage, LayerImage, plan_image, weights_image
 
@@ -29,7 +38,8 @@ class CodedImage:
     """The layer as it would be written exactly: what is encoded, and what is written if that fails."""
     rest: Rest
     codes: Mapping[str, StoredCodes]
-    """By key: what the codes file is to hold."""
+    """By key: what the codes file is to hold. Masters, and weights that are to be their rounding, as they are written
+    if the weights are just that."""
 
     @property
     def layer(self) -> str:
@@ -39,6 +49,19 @@ class CodedImage:
     def sources(self) -> tuple[FileImage, ...]:
         """Live tensors, as the files they would be exactly."""
         return self.live.files
+
+    @property
+    def is_relative_to_state(self) -> bool:
+        """True if the codes need the layer's exact optimizer file beside them."""
+        return any(self.codes[key].base == "exact" for key in self.live.masters.values())
+
+    @property
+    def weights_of_masters(self) -> Mapping[str, tuple[str, torch.Tensor]]:
+        """Of each master that is not kept as it is, by key: fqn and live tensor of its weight."""
+        weights = self.live.weights
+        tensors = {stored.name: tensor for stored, tensor in zip(weights.layout.tensors, weights.tensors, strict=True)}
+        coded = {key: fqn for fqn, key in self.live.masters.items() if self.codes[key].codec != "exact"}
+        return {key: (fqn, tensors[fqn]) for key, fqn in coded.items()}
 
     @property
     def base(self) -> Base:
@@ -71,7 +94,8 @@ class CodedImage:
     @property
     def weights_nbytes(self) -> int:
         """Of the weights file, if it is written anew."""
-        halved = sum(each.meta.nbytes // 2 for each in self.codes.values() if each.base == "rounded")
+        of_weights = (each for key, each in self.codes.items() if component_of(key) is Component.WEIGHTS)
+        halved = sum(each.meta.nbytes // 2 for each in of_weights if each.base == "rounded")
         return self.live.weights.nbytes - halved
 
     def hold(self) -> CodedImage:
@@ -88,10 +112,16 @@ class CodedImage:
 
 def code_layer(live: LayerImage, rest: Rest) -> CodedImage | None:
     """Plan the codes of a layer; None if they would not be worth it."""
+    if any(stored.name.startswith("state.") for stored in live.weights.layout.tensors):
+        return None  # in a codes file nobody could tell such weights from optimizer state
     planned: dict[str, StoredCodes] = {}
+    metas = {stored.name: stored.meta for stored in live.weights.layout.tensors}
+    weights = {key: metas[fqn] for fqn, key in live.masters.items()}
     for file in live.files:
         for stored in file.layout.tensors:
-            codes = rest.codes_for(stored.name, stored.meta)
+            codes = rest.codes_for(stored.name, stored.meta, weight=weights.get(stored.name))
+            if codes.codec == "xor" and stored.name in live.masters:
+                codes = replace(codes, codec="round")
             # Weights that go into the weights file as they are need no place in the codes file.
             is_there = component_of(stored.name) is Component.WEIGHTS and not rest.is_relative
             if not is_there or codes.base == "rounded":
@@ -101,7 +131,11 @@ def code_layer(live: LayerImage, rest: Rest) -> CodedImage | None:
 
 
 def codes_image(
-    coded: CodedImage, codes: Mapping[str, StoredCodes], arrays: Mapping[str, torch.Tensor], base: str | None
+    coded: CodedImage,
+    codes: Mapping[str, StoredCodes],
+    arrays: Mapping[str, torch.Tensor],
+    base: str | None,
+    state_base: str | None,
 ) -> FileImage:
     """The codes file.
 
@@ -110,10 +144,11 @@ def codes_image(
         codes: By key, as it was encoded in the end.
         arrays: By name in the file.
         base: Digest of the weights file they are relative to.
+        state_base: Digest of the optimizer file that masters are relative to.
     """
     optimizer = coded.live.optimizer
     notes = None if optimizer is None else optimizer.layout.metadata.get(NOTES_KEY)
-    told = {CODES_KEY: record_codes(codes), NOTES_KEY: notes, BASE_KEY: base}
+    told = {CODES_KEY: record_codes(codes), NOTES_KEY: notes, BASE_KEY: base, STATE_BASE_KEY: state_base}
     metadata = {key: text for key, text in told.items() if text is not None}
     return plan_image(coded.name, arrays, metadata, are_lazy=())
 

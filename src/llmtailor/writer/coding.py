@@ -20,15 +20,17 @@ import zstandard
 
 from ..codecs import Component, Deviation, StoredCodes, array_name, component_of
 from ..codecs.encoding import KERNELS, pack_frame
-from ..codecs.kernels import KernelKey, Kernels
+from ..codecs.kernels import KernelKey, Kernels, master_codec
 from ..codecs.stored import BLOCK_NUMEL, FRAME_NUMEL
 from ..errors import WriteError
-from ..tensor_bytes import torch_dtype
-from .base_file import BaseFile
+from ..tensor_bytes import meta_of
+from .base_file import BaseLayer
 from .coded_images import CodedImage, codes_image, rounded_image
-from .copying import row_major_blocks
+from .copying import flat_elements
 from .devices import Lanes
-from .images import FileImage
+from .images import FileImage, LayerImage
+from .packing import pack_masters
+from .scratch import Scratch
 
 __all__ = ["EncodedLayer", "LayerEncoder"]
 
@@ -38,8 +40,6 @@ _LARGEST = 2.0**120
 _ZSTD_LEVEL = 1
 # After so many elements (and a strip) a tensor is looked at anew: is its memory still there?
 _CHECKED_NUMEL = 2**21
-# Tensors of the scratch start at multiples of this, as every element type needs it.
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class LayerEncoder:
     def __init__(self, lanes: Lanes) -> None:
         self._lanes = lanes
         self._kernels = Kernels()
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
         self._compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, write_content_size=True)
 
     @property
@@ -77,20 +77,22 @@ class LayerEncoder:
         keys: set[KernelKey] = set()
         numel = 0
         for image in images:
-            for _, stored, tensor in image.tensors():
+            weights = image.weights_of_masters
+            for key, stored, tensor in image.tensors():
                 if stored.codec in KERNELS:
-                    keys.add((stored.codec, tensor.dtype, tensor.device))
+                    codec = _kernel_name(stored.codec, weights[key][1] if key in weights else None)
+                    keys.add((codec, tensor.dtype, tensor.device))
                     numel += tensor.numel()
         self._kernels.compile(keys, numel)
 
     def encode(
-        self, coded: CodedImage, base: BaseFile | None, check_readable: Callable[[], None]
+        self, coded: CodedImage, base: BaseLayer | None, check_readable: Callable[[], None]
     ) -> EncodedLayer | None:
         """Encode a layer.
 
         Args:
             coded: The layer, planned and held.
-            base: What its weights are relative to, for codes that are.
+            base: What its weights and masters are relative to, for codes that are.
             check_readable: Called before each piece of a tensor is read; raises if that must not be.
 
         Returns:
@@ -103,119 +105,195 @@ class LayerEncoder:
         with _translate_memory_errors():
             return self._encode(coded, base, check_readable)
 
+    def pack(self, image: LayerImage, check_readable: Callable[[], None]) -> tuple[FileImage, ...]:
+        """The files of a layer that is written exactly; see ``pack_masters``.
+
+        Raises:
+            WriteError: There is not enough memory.
+        """
+        with _translate_memory_errors():
+            return pack_masters(image, self._scratch, self._lanes, check_readable)
+
     def _encode(
-        self, coded: CodedImage, base: BaseFile | None, check_readable: Callable[[], None]
+        self, coded: CodedImage, base: BaseLayer | None, check_readable: Callable[[], None]
     ) -> EncodedLayer | None:
-        self._scratch.reserve(coded)
-        codes: dict[str, StoredCodes] = {}
-        arrays: dict[str, torch.Tensor] = {}
-        rounded: dict[str, torch.Tensor] = {}
-        deviations: dict[Component, list[Deviation]] = defaultdict(list)
-        for key, stored, tensor in coded.tensors():
-            with self._lanes.of(tensor):
-                found = self._encode_tensor(key, stored, tensor, base, check_readable)
-            if found is None:  # not numbers that codes can stand for
-                if stored.base == "rounded":
-                    continue  # the weights file holds them as they are
-                stored = replace(stored, codec="exact")
-                found = _EncodedTensor(arrays={"values": tensor}, deviation=_exact())
-            codes[key] = stored
-            deviations[component_of(key)].append(found.deviation)
-            arrays.update({array_name(key, name): array for name, array in found.arrays.items()})
-            if found.rounded is not None:
-                rounded[key] = found.rounded
-        total = {component: Deviation.of(parts) for component, parts in deviations.items()}
+        self._scratch.reserve(_scratch_sizes(coded))
+        source = _Source(base=base, check_readable=check_readable)
+        items = {key: _Item(key=key, stored=stored, tensor=tensor) for key, stored, tensor in coded.tensors()}
+        masters = coded.weights_of_masters
+        found: list[_EncodedTensor] = []
+        for key, item in items.items():
+            with self._lanes.of(item.tensor):
+                if key in masters:
+                    fqn, weight = masters[key]
+                    found += self._encode_master(replace(item, weight=weight), items.get(fqn), source)
+                elif item.stored.codec != "round":  # that comes with its master
+                    found.append(self._encode_tensor(item, source) or _keep(item))
+        parts: dict[Component, list[Deviation]] = defaultdict(list)
+        for each in found:
+            component = component_of(each.key)
+            # What is said of weights is said of what they are the rounding of, too.
+            parts[Component.WEIGHTS if component is Component.MASTER else component].append(each.deviation)
+        total = {component: Deviation.of(each) for component, each in parts.items()}
         # Written so that an error which is no number is too large.
         if not all(each.l2 <= coded.rest.limit(component) for component, each in total.items()):
             return None
-        return self._finish(coded, codes, arrays, rounded, total, base)
+        return _finish(coded, found, total, base)
 
-    def _finish(
-        self,
-        coded: CodedImage,
-        codes: Mapping[str, StoredCodes],
-        arrays: Mapping[str, torch.Tensor],
-        rounded: Mapping[str, torch.Tensor],
-        deviations: Mapping[Component, Deviation],
-        base: BaseFile | None,
-    ) -> EncodedLayer:
-        digest = None if base is None else base.record.digest
-        weights = () if coded.base == "exact" else (rounded_image(coded, rounded),)
-        return EncodedLayer(
-            files=(*weights, codes_image(coded, codes, arrays, digest)),
-            base_digest=digest,
-            deviations={component: each for component, each in deviations.items() if not each.is_exact},
-        )
+    def _encode_master(self, master: _Item, weight: _Item | None, source: _Source) -> Iterator[_EncodedTensor]:
+        """A master and, unless the weights file holds it as it is, its weight."""
+        found = self._encode_tensor(master, source)
+        is_rounded = found is not None and found.of_weight is not None
+        if weight is None:
+            # Relative to the weight, which it says nothing about unless it rounds to that.
+            yield found if found is not None and is_rounded else _keep(master)
+            return
+        yield found or _keep(master)
+        if found is not None and found.of_weight is not None:
+            yield _EncodedTensor(key=weight.key, stored=weight.stored, arrays={}, deviation=found.of_weight)
+        else:
+            packed = replace(weight, stored=replace(weight.stored, codec="xor"))
+            yield self._encode_tensor(packed, source) or _keep(packed)
 
-    def _encode_tensor(
-        self,
-        key: str,
-        stored: StoredCodes,
-        tensor: torch.Tensor,
-        base: BaseFile | None,
-        check_readable: Callable[[], None],
-    ) -> _EncodedTensor | None:
+    def _encode_tensor(self, item: _Item, source: _Source) -> _EncodedTensor | None:
         """The codes of a tensor; None if it has to stay as it is."""
+        key, stored, tensor, base = item.key, item.stored, item.tensor, source.base
         if stored.codec == "exact":
-            return _EncodedTensor(arrays={"values": tensor}, deviation=_exact())
+            return _keep(item)
         if stored.base == "exact":
             assert base is not None
-            base.check(key, stored.meta)
+            if item.weight is None:
+                base.check(key, stored.meta)
+            elif not base.has_master(key, stored.meta):
+                return None
         if stored.codec == "xor":
-            assert base is not None
-            return self._pack(key, stored, tensor, base, check_readable)
+            return self._pack(item, source)
+        is_rounding = stored.base == "rounded" and item.weight is None
         arrays = {name: self._scratch.take(meta.dtype, meta.numel) for name, meta in stored.arrays.items()}
-        rounded = self._scratch.take("BF16", tensor.numel()) if stored.base == "rounded" else None
+        rounded = self._scratch.take("BF16", tensor.numel()) if is_rounding else None
         targets = [*arrays.values(), *([] if rounded is None else [rounded])]
         measures: list[torch.Tensor] = []
+        of_weight: list[torch.Tensor] = []
         strip = self._kernels.strip_numel(tensor.device)
         for start in range(0, tensor.numel(), strip):
             stop = min(start + strip, tensor.numel())
             if start % _CHECKED_NUMEL == 0:
-                check_readable()
-            values = _to_blocks(_elements(tensor, start, stop))
-            of_base = None
-            if stored.base == "exact" and base is not None:
-                of_base = _to_blocks(base.read(key, start, stop).to(tensor.device))
-            with torch.no_grad():
-                *found, measured = self._kernels.get(stored.codec, values)(values, of_base)
-            measures.append(measured)
+                source.check_readable()
+            found = self._encode_strip(item, base, start, stop)
+            if item.weight is not None:
+                of_weight.append(found.pop())
+            measures.append(found.pop())
             for target, array in zip(targets, found, strict=True):
-                _copy_strip(array, target, start, values.shape[0])
+                _copy_strip(array, target, start, -(-(stop - start) // BLOCK_NUMEL))
         deviation = _sum_up(stored.codec, measures)
         if deviation is None:
             return None
-        halves = None if rounded is None else rounded.view(tensor.shape)
-        return _EncodedTensor(arrays=arrays, deviation=deviation, rounded=halves)
+        return _EncodedTensor(
+            key=key,
+            stored=stored,
+            arrays=arrays,
+            deviation=deviation,
+            rounded=None if rounded is None else rounded.view(tensor.shape),
+            of_weight=_sum_up_weight(of_weight) if of_weight else None,
+        )
 
-    def _pack(
-        self, key: str, stored: StoredCodes, tensor: torch.Tensor, base: BaseFile, check_readable: Callable[[], None]
-    ) -> _EncodedTensor | None:
+    def _encode_strip(self, item: _Item, base: BaseLayer | None, start: int, stop: int) -> list[torch.Tensor]:
+        """What a kernel makes of some elements."""
+        values = _to_blocks(flat_elements(item.tensor, start, stop))
+        of_base = None
+        if item.stored.base == "exact" and base is not None:
+            read = base.read if item.weight is None else base.read_master
+            of_base = _to_blocks(read(item.key, start, stop).to(values.device))
+        kernel = self._kernels.get(_kernel_name(item.stored.codec, item.weight), values)
+        with torch.no_grad():
+            if item.weight is None:
+                return list(kernel(values, of_base))
+            return list(kernel(values, of_base, _to_blocks(flat_elements(item.weight, start, stop))))
+
+    def _pack(self, item: _Item, source: _Source) -> _EncodedTensor | None:
+        stored, base = item.stored, source.base
+        assert base is not None
         planes = self._scratch.take("U8", stored.meta.nbytes)
         ends: list[int] = []
         filled = 0
-        for start in range(0, tensor.numel(), FRAME_NUMEL):
-            stop = min(start + FRAME_NUMEL, tensor.numel())
-            check_readable()
-            values = _elements(tensor, start, stop).cpu()
-            frame = pack_frame(values, base.read(key, start, stop), self._compressor)
+        for start in range(0, item.tensor.numel(), FRAME_NUMEL):
+            stop = min(start + FRAME_NUMEL, item.tensor.numel())
+            source.check_readable()
+            values = flat_elements(item.tensor, start, stop).cpu()
+            frame = pack_frame(values, base.read(item.key, start, stop), self._compressor)
             planes.numpy()[filled : filled + len(frame)] = np.frombuffer(frame, np.uint8)
             filled += len(frame)
             ends.append(filled)
         if filled >= stored.meta.nbytes:
             return None
         arrays = {"planes": planes[:filled], "ends": torch.tensor(ends, dtype=torch.int64)}
-        return _EncodedTensor(arrays=arrays, deviation=_exact())
+        return _EncodedTensor(key=item.key, stored=stored, arrays=arrays, deviation=Deviation())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What is read while a layer is encoded."""
+
+    base: BaseLayer | None
+    check_readable: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """A tensor that is to be encoded."""
+
+    key: str
+    stored: StoredCodes
+    tensor: torch.Tensor
+    weight: torch.Tensor | None = None
+    """Of a master: the weight that it should round to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _EncodedTensor:
     """A tensor as codes."""
 
+    key: str
+    stored: StoredCodes
     arrays: Mapping[str, torch.Tensor]
     deviation: Deviation
+    """Without a norm where it is exact: limits are for what is not."""
     rounded: torch.Tensor | None = None
     """What goes into the weights file instead of it."""
+    of_weight: Deviation | None = None
+    """Of a master: how far its codes, rounded, are from the weight; None if it does not round to that itself."""
+
+
+def _keep(item: _Item) -> _EncodedTensor:
+    """A tensor as it is."""
+    return _EncodedTensor(
+        key=item.key, stored=replace(item.stored, codec="exact"), arrays={"values": item.tensor}, deviation=Deviation()
+    )
+
+
+def _finish(
+    coded: CodedImage,
+    found: Sequence[_EncodedTensor],
+    deviations: Mapping[Component, Deviation],
+    base: BaseLayer | None,
+) -> EncodedLayer:
+    weights: tuple[FileImage, ...] = ()
+    if coded.base != "exact":
+        # Weights that are not rounded are there as they are.
+        found = [each for each in found if each.rounded is not None or component_of(each.key) is not Component.WEIGHTS]
+        weights = (rounded_image(coded, {each.key: each.rounded for each in found if each.rounded is not None}),)
+    digests = (None, None) if base is None else (base.digest, base.state_digest)
+    codes = {each.key: each.stored for each in found}
+    arrays = {array_name(each.key, name): array for each in found for name, array in each.arrays.items()}
+    return EncodedLayer(
+        files=(*weights, codes_image(coded, codes, arrays, *digests)),
+        base_digest=digests[0],
+        deviations={component: each for component, each in deviations.items() if not each.is_exact},
+    )
+
+
+def _kernel_name(codec: str, weight: torch.Tensor | None) -> str:
+    return codec if weight is None else master_codec(codec, meta_of(weight).dtype)
 
 
 @contextlib.contextmanager
@@ -230,17 +308,6 @@ def _translate_memory_errors() -> Iterator[None]:
             found=str(err).partition("\n")[0] or None,
             hint='leave some free, or save with rest="skip"; older checkpoints were not touched',
         ) from err
-
-
-def _exact() -> Deviation:
-    # The norm of what is exact does not matter: limits are for what is not.
-    return Deviation()
-
-
-def _elements(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Elements of a tensor in row-major order, flat; a view where that is possible."""
-    blocks = [block.reshape(-1) for block in row_major_blocks(tensor, start, stop)]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def _to_blocks(values: torch.Tensor) -> torch.Tensor:
@@ -291,43 +358,24 @@ def _sum_up(codec: str, measures: Sequence[torch.Tensor]) -> Deviation | None:
     )
 
 
+def _sum_up_weight(measures: Sequence[torch.Tensor]) -> Deviation | None:
+    """The deviation of a weight that is to be its rounded master; None if it is not."""
+    is_rounded = not bool(torch.stack([each[-1] for each in measures]).any())
+    return _sum_up("round", [each[:-1] for each in measures]) if is_rounded else None
+
+
 def _factor_of(ulps: float) -> float:
     """The largest factor between two F32 that are so many numbers apart."""
     doublings, rest = divmod(ulps / 2**23, 1.0)
     return float(2.0**doublings * (1.0 + rest))
 
 
-class _Scratch:
-    """Host memory for the codes of one layer."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._taken = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self._memory.nbytes
-
-    def reserve(self, coded: CodedImage) -> None:
-        """Start anew, with room for what a layer may need."""
-        self._taken = 0
-        wanted = 0
-        for stored in coded.codes.values():
-            metas = [meta.nbytes for meta in stored.arrays.values()] if stored.codec != "exact" else []
-            metas += [stored.meta.nbytes] if stored.codec == "xor" else []
-            metas += [stored.meta.nbytes // 2] if stored.base == "rounded" else []
-            wanted += sum(nbytes + _ALIGNMENT for nbytes in metas)
-        if wanted > self._memory.nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
-            try:
-                self._memory = torch.empty(wanted, dtype=torch.uint8)
-            except RuntimeError as err:  # torch has no word of its own for it
-                raise MemoryError(f"{wanted} bytes: {err}") from err
-
-    def take(self, dtype: str, numel: int) -> torch.Tensor:
-        """Memory for a flat tensor."""
-        element = torch_dtype(dtype)
-        start = -(-self._taken // _ALIGNMENT) * _ALIGNMENT
-        self._taken = start + numel * element.itemsize
-        assert self._taken <= self._memory.nbytes
-        return self._memory[start : self._taken].view(element)
+def _scratch_sizes(coded: CodedImage) -> Iterator[int]:
+    """Bytes of what may have to be taken of the scratch."""
+    for stored in coded.codes.values():
+        if stored.codec != "exact":
+            yield from (meta.nbytes for meta in stored.arrays.values())
+        if stored.codec in ("xor", "round"):  # a weight that is not its rounded master is packed
+            yield stored.meta.nbytes
+        if stored.base == "rounded":
+            yield stored.meta.nbytes // 2

@@ -16,7 +16,7 @@ from .devices import Lanes
 from .images import Part
 from .pool import Piece
 
-__all__ = ["ImageReader", "row_major_blocks"]
+__all__ = ["ImageReader", "flat_elements", "row_major_blocks"]
 
 
 class ImageReader:
@@ -69,6 +69,12 @@ class ImageReader:
             for block in row_major_blocks(part, start // size, (start + nbytes) // size):
                 target[done : done + block.numel()].view(block.shape).copy_(block, non_blocking=block.is_cuda)
                 done += block.numel()
+
+
+def flat_elements(tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Elements [start, end) of a tensor in row-major order, one after the other; a view where that is possible."""
+    blocks = [block.reshape(-1) for block in row_major_blocks(tensor, start, end)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def row_major_blocks(tensor: torch.Tensor, start: int, end: int) -> Iterator[torch.Tensor]:

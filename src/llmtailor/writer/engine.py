@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import WriteError
-from ..manifest import encode_manifest
+from ..manifest import FileRecord, LayerRecord, encode_manifest
 from ..storage import FileReader, RunDirectory, pad
 from ..storage.staging import translate_os_errors
 from ..strategies import ERROR_LIMIT, NO_BASE
-from .base_file import BaseFile
+from .base_file import BaseFile, BaseLayer
 from .coded_images import CodedImage
-from .coding import LayerEncoder
+from .coding import EncodedLayer, LayerEncoder
 from .copying import ImageReader
 from .devices import Lanes
 from .handle import SaveHandle
@@ -208,40 +208,55 @@ class Engine:
         if is_coded:
             # What codes are relative to may be in a save that is still on its way.
             self._wait_for_earlier(saving)
-        reader = FileReader(lambda: saving.has_failed) if is_coded else None
+        readers = [FileReader(lambda: saving.has_failed) for _ in range(2)] if is_coded else []
         for image in saving.job.images:
-            files = self._encode(saving, image, reader) if isinstance(image, CodedImage) else image.files
-            for file in files:
+            for file in self._files(saving, image, readers):
                 self._capture_file(saving, GrowingFile(saving, image.layer, file), file, image)
         self._lanes.synchronize()
         saving.check_unchanged()
-        saving.pool_nbytes = self._pool.high_water_nbytes + (self._encoder.scratch_nbytes if is_coded else 0)
+        is_packed = any(isinstance(image, LayerImage) and image.masters for image in saving.job.images)
+        scratch_nbytes = self._encoder.scratch_nbytes if is_coded or is_packed else 0
+        saving.pool_nbytes = self._pool.high_water_nbytes + scratch_nbytes
 
     def _wait_for_earlier(self, saving: Saving) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._in_flight[0] is saving)
 
-    def _encode(self, saving: Saving, image: CodedImage, reader: FileReader | None) -> Sequence[FileImage]:
-        """The files of a layer that is to be coded: its codes or, where that cannot be, its exact files."""
+    def _files(
+        self, saving: Saving, image: LayerImage | CodedImage, readers: Sequence[FileReader]
+    ) -> Sequence[FileImage]:
+        """What is written of a layer: its codes or, if it is not to be coded or cannot be, its exact files."""
+
+        def check_readable() -> None:
+            if saving.has_failed:
+                raise Stopped
+            saving.check_readable(image)
+
+        encoded = self._encode(saving, image, readers, check_readable) if isinstance(image, CodedImage) else None
+        if encoded is not None:
+            return encoded.files
+        live = image.live if isinstance(image, CodedImage) else image
+        return self._encoder.pack(live, check_readable) if live.masters else live.files
+
+    def _encode(
+        self, saving: Saving, image: CodedImage, readers: Sequence[FileReader], check_readable: Callable[[], None]
+    ) -> EncodedLayer | None:
+        """The codes of a layer; None if it has to be written exactly."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(translate_os_errors("read what codes are relative to", saving.staged.path))
             base = None
             if image.base == "exact":
                 found = saving.job.find_base(image.layer)
-                if found is None:
+                records = () if found is None else _base_records(found[1], image)
+                if found is None or not records:
                     saving.note_encoded(image.layer, NO_BASE)
-                    return image.live.files
-                assert reader is not None
-                base = stack.enter_context(BaseFile(*found, reader))
-
-            def check_readable() -> None:
-                if saving.has_failed:
-                    raise Stopped
-                saving.check_readable(image)
-
+                    return None
+                pairs = zip(records, readers, strict=False)
+                files = [stack.enter_context(BaseFile(found[0], record, reader)) for record, reader in pairs]
+                base = BaseLayer(*files)
             encoded = self._encoder.encode(image, base, check_readable)
         saving.note_encoded(image.layer, ERROR_LIMIT if encoded is None else encoded)
-        return image.live.files if encoded is None else encoded.files
+        return encoded
 
     def _capture_file(
         self, saving: Saving, file: GrowingFile, image: FileImage, layer: LayerImage | CodedImage
@@ -327,6 +342,13 @@ class Engine:
         except BaseException:
             logger.exception("what checkpoint-%d left behind could not be removed", saving.job.step)
         saving.handle.fail(error)
+
+
+def _base_records(layer: LayerRecord, image: CodedImage) -> Sequence[FileRecord]:
+    """The files that codes of a layer are relative to; none if one of them is not there."""
+    if not image.is_relative_to_state:
+        return (layer.weights,)
+    return () if layer.optimizer is None else layer.plain_files
 
 
 _Item = TypeVar("_Item")

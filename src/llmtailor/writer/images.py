@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 
+from ..codecs import MIN_NUMEL, Component, component_of
 from ..formats.safetensors import Layout, plan_layout
 from ..state_keys import NOTES_KEY, split_state_key
 from ..tensor_bytes import meta_of
 
-__all__ = ["FileImage", "LayerImage", "Part", "optimizer_image", "plan_image", "weights_image"]
+__all__ = ["FileImage", "LayerImage", "Part", "find_masters", "optimizer_image", "plan_image", "weights_image"]
 
 Part: TypeAlias = memoryview | torch.Tensor
 """Bytes, or a tensor whose elements in row-major order are the bytes."""
@@ -75,6 +77,8 @@ class LayerImage:
     layer: str
     weights: FileImage
     optimizer: FileImage | None
+    masters: Mapping[str, str] = field(default_factory=dict)
+    """See ``find_masters``."""
 
     @property
     def files(self) -> tuple[FileImage, ...]:
@@ -92,7 +96,17 @@ class LayerImage:
 
     @property
     def nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files)
+        """About what is written: masters that are not their weights' are written in full."""
+        return sum(file.nbytes for file in self.files) - sum(each.nbytes for each in self.weights_to_pack_with.values())
+
+    @property
+    def weights_to_pack_with(self) -> Mapping[str, torch.Tensor]:
+        """By ``state.<fqn>.<leaf>``: the live weight that a master may be packed with, see ``packing``."""
+        if not self.masters:
+            return {}
+        tensors = dict(zip((stored.name for stored in self.weights.layout.tensors), self.weights.tensors, strict=True))
+        pairs = ((key, tensors[fqn]) for fqn, key in self.masters.items())
+        return {key: each for key, each in pairs if each.dtype == torch.bfloat16 and each.numel() >= MIN_NUMEL}
 
     def hold(self) -> LayerImage:
         """As ``FileImage.hold``."""
@@ -112,6 +126,27 @@ class LayerImage:
             if split_state_key(stored.name)[1] == "step" and tensor.numel() == 1
         )
         return max(counts, default=None)
+
+
+def find_masters(weights: FileImage, optimizer: FileImage | None) -> dict[str, str]:
+    """16-bit weights whose optimizer keeps one F32 master: fqn -> ``state.<fqn>.<leaf>`` of the master."""
+    if optimizer is None:
+        return {}
+    halves = {
+        stored.name: tensor
+        for stored, tensor in zip(weights.layout.tensors, weights.tensors, strict=True)
+        if stored.meta.dtype in ("BF16", "F16")
+    }
+    found: dict[str, list[str]] = defaultdict(list)
+    if any("|" in stored.name for stored in optimizer.layout.tensors):
+        return {}  # might be taken for arrays of codes
+    for stored, tensor in zip(optimizer.layout.tensors, optimizer.tensors, strict=True):
+        fqn = split_state_key(stored.name)[0]
+        if component_of(stored.name) is not Component.MASTER or fqn not in halves or stored.meta.dtype != "F32":
+            continue
+        if tensor.shape == halves[fqn].shape and tensor.device == halves[fqn].device:
+            found[fqn].append(stored.name)
+    return {fqn: keys[0] for fqn, keys in found.items() if len(keys) == 1}
 
 
 def weights_image(stem: str, tensors: Mapping[str, torch.Tensor]) -> FileImage:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..codecs import Component, Deviation
-from ..manifest import FileRecord, Manifest
+from ..manifest import FileRecord, LayerRecord, Manifest
 from ..storage import StagedCheckpoint, pad
 from .coded_images import Base, CodedImage
 from .images import LayerImage
@@ -76,9 +76,9 @@ class SaveJob:
     """The attempt; the trainer's small files are in it already."""
     images: Sequence[LayerImage | CodedImage]
     """Layers to write, held (see ``LayerImage.hold``)."""
-    find_base: Callable[[str], tuple[Path, FileRecord] | None]
-    """A layer's newest exact weights file: the checkpoint it is in, and its record; None if there is none. Called by
-    the thread that captures, when every earlier save of the run is published or has failed."""
+    find_base: Callable[[str], tuple[Path, LayerRecord] | None]
+    """A layer's newest exact files: the checkpoint they are in, and the layer's record there; None if there are none.
+    Called by the thread that captures, when every earlier save of the run is published or has failed."""
     plan_links: Callable[[Mapping[str, WrittenLayer]], Sequence[LinkedFile]]
     """Files to take over, from the written layers by name."""
     build_manifest: Callable[[Mapping[str, WrittenLayer], Sequence[FileRecord], SaveCost], Manifest]

@@ -6,17 +6,21 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ...catalog import Catalog, GroupRef, OptimizerRef, SmallFile, StateRef
 from ...errors import FormatError, IntegrityError, NotFoundError
 from ...layers import Layer, LayerKind, LayerMap
 from ...manifest import INDEX_NAME, MANIFEST_NAME, FileRecord, LayerRecord, Manifest, TensorRecord, decode_manifest
 from ...state_keys import NOTES_KEY, split_state_key
+from ...state_tree import Note
 from ...strict_json import parse_object
 from ...tensor_refs import Extent, FileTensor, TensorRef
+from ...tensors import TensorMeta
 from ..safetensors import Header, open_file
 from ..source_files import open_source
+from .codes import LayerCodes, check_state_base, read_codes_header, state_refs, weights_metas, weights_refs
+from .packed import check_packed, read_packed, unpack_refs
 
 __all__ = ["open_tailored", "read_manifest"]
 
@@ -73,12 +77,14 @@ def _describe_directory(path: Path) -> str:
 def open_tailored(path: Path) -> Catalog:
     """Open a checkpoint of our own: its manifest, and of each layer that is asked for the headers of its files.
 
-    Sizes are checked, digests are not: that means reading everything, which is ``verify``'s work.
+    A layer in codes is what the codes stand for, not what its plain files hold. Sizes are checked, digests are not:
+    that means reading everything, which is ``verify``'s work.
 
     Raises:
         NotFoundError: It is none; of a layer, when it is asked for: a file is missing.
         FormatError: The manifest is damaged; of a layer: a header is, or a file does not hold its layer.
-        IntegrityError: Of a layer: a file has another size than was published.
+        IntegrityError: Of a layer: a file has another size than was published, or its codes are relative to other
+            files.
     """
     root = path.resolve()
     manifest, _ = read_manifest(path)
@@ -86,16 +92,16 @@ def open_tailored(path: Path) -> Catalog:
     for tensor in manifest.tensors:
         if tensor.tied_to is None:
             held[tensor.layer].append(tensor)
-    records = {layer.name: layer for layer in manifest.layers}
+    files = _LayerFiles(root, manifest, held)
     order = {tensor.fqn: tensor.layer for tensor in manifest.tensors if tensor.tied_to is None}
     return Catalog(
         path=path,
         format="tailored",
         step=manifest.step,
-        weights=_ByLayer(order, lambda layer: dict(_read_weights(root, records[layer], held[layer]))),
+        weights=_ByLayer(order, files.read_weights),
         buffers=frozenset(tensor.fqn for tensor in manifest.tensors if tensor.kind == "buffer"),
         ties={tensor.fqn: tensor.tied_to for tensor in manifest.tensors if tensor.tied_to is not None},
-        states=_ByLayer(order, lambda layer: dict(_read_states(root, records[layer], held[layer]))),
+        states=_ByLayer(order, files.read_states),
         optimizers=tuple(
             OptimizerRef(
                 name=optimizer.name,
@@ -103,9 +109,10 @@ def open_tailored(path: Path) -> Catalog:
             )
             for optimizer in manifest.optimizers
         ),
-        layer_steps={layer.name: layer.step for layer in manifest.layers},
-        update_counts={layer.name: layer.update_count for layer in manifest.layers},
-        published={root / file.path: file for layer in manifest.layers for file in layer.files},
+        layer_steps={layer.name: layer.state_step for layer in manifest.layers},
+        update_counts={layer.name: layer.state_update_count for layer in manifest.layers},
+        # No codes file: one whose codes are all exact may look like the optimizer file that it stands for.
+        published={root / file.path: file for layer in manifest.layers for file in layer.plain_files},
         cut=_layer_map(manifest, held),
         files=tuple(_small_file(root, file) for file in manifest.files if file.path != INDEX_NAME),
         native=manifest,
@@ -158,65 +165,128 @@ def _small_file(root: Path, file: FileRecord) -> SmallFile:
     return SmallFile(name=file.path, path=root / file.path, nbytes=file.bytes)
 
 
-def _open_layer_file(root: Path, file: FileRecord) -> Header:
-    header = open_file(root / file.path).header
-    if header.nbytes != file.bytes:
-        raise IntegrityError(
-            "the file has another size than was published",
-            kind="file-size",
-            path=root / file.path,
-            expected=file.bytes,
-            found=header.nbytes,
-            hint="llmtailor verify tells what else is damaged",
-        )
-    return header
+class _LayerFiles:
+    """The files of a checkpoint's layers, opened when something is asked of them; of a layer in codes, its codes.
 
+    Args:
+        root: The checkpoint.
+        manifest: Of it.
+        held: Tensors that a layer's weights file holds, by layer.
+    """
 
-def _read_weights(root: Path, layer: LayerRecord, held: Sequence[TensorRecord]) -> Iterator[tuple[str, TensorRef]]:
-    path = root / layer.weights.path
-    found = _tensors_of(path, _open_layer_file(root, layer.weights))
-    expected = {tensor.fqn: tensor.meta for tensor in held}
-    for fqn in sorted(expected.keys() | found.keys()):
-        if fqn not in expected or fqn not in found or found[fqn].meta != expected[fqn]:
-            raise FormatError(
-                "the file does not hold the layer's tensors",
-                kind="schema",
+    def __init__(self, root: Path, manifest: Manifest, held: Mapping[str, Sequence[TensorRecord]]) -> None:
+        self._root = root
+        self._manifest = manifest
+        self._held = held
+        self._layers = {layer.name: layer for layer in manifest.layers}
+        self._codes: dict[str, tuple[LayerCodes, Mapping[str, FileTensor]]] = {}
+
+    def read_weights(self, name: str) -> Mapping[str, TensorRef]:
+        """The weights of a layer, by fqn."""
+        layer = self._layers[name]
+        # The codes of a layer whose weights file is of their step, and exact, say nothing of weights.
+        if layer.encoding is None or layer.encoding.base == "none":
+            return self._read_weights_file(layer, {tensor.fqn: tensor.meta for tensor in self._held[name]})
+        codes, arrays = self._open_codes(layer, layer.encoding.codes)
+        return weights_refs(codes, arrays, *self._read_bases(layer, codes))
+
+    def read_states(self, name: str) -> Mapping[str, StateRef]:
+        """The optimizer state of a layer, by fqn."""
+        layer = self._layers[name]
+        if layer.encoding is not None:
+            codes, arrays = self._open_codes(layer, layer.encoding.codes)
+            is_relative = any(stored.base is not None for stored in codes.states.values())
+            weights, state = self._read_bases(layer, codes) if is_relative else ({}, {})
+            return _join_states(state_refs(codes, arrays, weights, state), codes.notes)
+        if layer.optimizer is None:
+            return {}
+        path, header = self._open(layer.optimizer)
+        text = header.metadata.get(NOTES_KEY)
+        notes = parse_object(text.encode(), what="notes of an optimizer file", path=path) if text else {}
+        tensors = self._unpack(layer, path, header)
+        fqns = {tensor.fqn for tensor in self._held[name]}
+        for key in (*tensors, *notes):
+            _check_state_key(key, fqns, path)
+        return _join_states(tensors, notes)
+
+    def _read_bases(
+        self, layer: LayerRecord, codes: LayerCodes
+    ) -> tuple[Mapping[str, FileTensor], Mapping[str, TensorRef]]:
+        """The tensors of the weights file and, if codes are relative to them, of the optimizer file."""
+        weights = self._read_weights_file(layer, weights_metas(self._manifest, layer, codes))
+        if not codes.is_relative_to_state or layer.optimizer is None:
+            return weights, {}
+        path, header = self._open(layer.optimizer)
+        state = self._unpack(layer, path, header)
+        check_state_base(path, layer, codes, {key: tensor.meta for key, tensor in state.items()})
+        return weights, state
+
+    def _unpack(self, layer: LayerRecord, path: Path, header: Header) -> Mapping[str, TensorRef]:
+        """What an optimizer file stands for, by name."""
+        packed = read_packed(path, header)
+        check_packed(path, self._manifest, layer, packed)
+        weights = self._read_weights_file(layer, weights_metas(self._manifest, layer, None)) if packed else {}
+        return unpack_refs(_tensors_of(path, header), packed, weights)
+
+    def _read_weights_file(self, layer: LayerRecord, expected: Mapping[str, TensorMeta]) -> Mapping[str, FileTensor]:
+        path, header = self._open(layer.weights)
+        found = _tensors_of(path, header)
+        for fqn in sorted(expected.keys() | found.keys()):
+            if fqn not in expected or fqn not in found or found[fqn].meta != expected[fqn]:
+                raise FormatError(
+                    "the file does not hold the layer's tensors",
+                    kind="schema",
+                    path=path,
+                    layer=layer.name,
+                    fqn=fqn,
+                    expected=str(expected.get(fqn, "no such tensor")),
+                    found=str(found[fqn].meta) if fqn in found else "no such tensor",
+                )
+        return found
+
+    def _open_codes(self, layer: LayerRecord, file: FileRecord) -> tuple[LayerCodes, Mapping[str, FileTensor]]:
+        """What the codes file of a layer holds, and every tensor in it; opened once for weights and state."""
+        if layer.name not in self._codes:
+            path, header = self._open(file)
+            codes = read_codes_header(path, header, self._manifest, layer)
+            self._codes[layer.name] = codes, _tensors_of(path, header)
+        return self._codes[layer.name]
+
+    def _open(self, file: FileRecord) -> tuple[Path, Header]:
+        path = self._root / file.path
+        header = open_file(path).header
+        if header.nbytes != file.bytes:
+            raise IntegrityError(
+                "the file has another size than was published",
+                kind="file-size",
                 path=path,
-                layer=layer.name,
-                fqn=fqn,
-                expected=str(expected.get(fqn, "no such tensor")),
-                found=str(found[fqn].meta) if fqn in found else "no such tensor",
+                expected=file.bytes,
+                found=header.nbytes,
+                hint="llmtailor verify tells what else is damaged",
             )
-    yield from found.items()
+        return path, header
 
 
-def _read_states(root: Path, layer: LayerRecord, held: Sequence[TensorRecord]) -> Iterator[tuple[str, StateRef]]:
-    if layer.optimizer is None:
-        return
-    path = root / layer.optimizer.path
-    header = _open_layer_file(root, layer.optimizer)
-    text = header.metadata.get(NOTES_KEY)
-    notes = parse_object(text.encode(), what="notes of an optimizer file", path=path) if text else {}
-    fqns = {tensor.fqn for tensor in held}
-    tensors: dict[str, dict[str, TensorRef]] = {}
-    notes_of: dict[str, dict[str, Any]] = {}
-    for name, tensor in _tensors_of(path, header).items():
-        fqn, leaf = _split(name, fqns, path)
-        tensors.setdefault(fqn, {})[leaf] = tensor
-    for name, note in notes.items():
-        fqn, leaf = _split(name, fqns, path)
-        notes_of.setdefault(fqn, {})[leaf] = note
-    for fqn in sorted(tensors.keys() | notes_of.keys()):
-        yield fqn, StateRef(tensors=tensors.get(fqn, {}), notes=notes_of.get(fqn, {}))
+def _join_states(tensors: Mapping[str, TensorRef], notes: Mapping[str, Note]) -> dict[str, StateRef]:
+    """State by fqn, from ``state.<fqn>.<leaf>``."""
+    tensors_of: dict[str, dict[str, TensorRef]] = defaultdict(dict)
+    notes_of: dict[str, dict[str, Note]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        fqn, leaf = split_state_key(key)
+        tensors_of[fqn][leaf] = tensor
+    for key, note in notes.items():
+        fqn, leaf = split_state_key(key)
+        notes_of[fqn][leaf] = note
+    fqns = sorted(tensors_of.keys() | notes_of.keys())
+    return {fqn: StateRef(tensors=tensors_of.get(fqn, {}), notes=notes_of.get(fqn, {})) for fqn in fqns}
 
 
-def _split(name: str, fqns: set[str], path: Path) -> tuple[str, str]:
-    fqn, leaf = split_state_key(name)
+def _check_state_key(key: str, fqns: set[str], path: Path) -> None:
+    fqn, _ = split_state_key(key)
     if fqn not in fqns:
         raise FormatError(
             "an optimizer file holds state of a parameter that is not of its layer", kind="schema", path=path, fqn=fqn
         )
-    return fqn, leaf
 
 
 def _tensors_of(path: Path, header: Header) -> Mapping[str, FileTensor]:
