@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from environment import publish
-from master_adamw import MasterAdamW
+from masters import MasterAdamW
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -146,7 +146,7 @@ def count(manifests: Sequence[Manifest]) -> dict[str, float]:
 
 
 def main() -> None:
-    hidden_size = int(sys.argv[1]) if len(sys.argv) > 1 else 256
+    hidden_size = int(sys.argv[1]) if len(sys.argv) > 1 else 128
     rows: dict[str, Any] = {"hidden_size": hidden_size, "saves": SAVES}
     with tempfile.TemporaryDirectory() as root:
         for name, dtype in (("fp32", torch.float32), ("bf16_with_fp32_masters", torch.bfloat16)):

@@ -1,7 +1,7 @@
 """How fast are codes made on a GPU, against the copy that they make smaller?
 
-Strips of fp32 numbers on one CUDA device, every codec, fused (Triton): bytes of input by the device's time; beside them
-the copy of the same bytes to pinned host memory, which an exact save is bound by. Then saves of a Llama with AdamW while
+Strips of fp32 numbers on one CUDA device, every codec, fused (Triton): bytes of input by time of the device; beside
+them the copy of the same bytes to pinned host memory, which binds an exact save. Then saves of a Llama with AdamW while
 it trains: how long training is held up, and how long the capture takes, exactly and as codes.
 
     python benchmarks/gpu_codecs.py [million elements] [repeats] [hidden size]

@@ -1,4 +1,4 @@
-"""Write the README's table from the results beside the benchmarks; ``make bench`` runs it last."""
+"""Write the tables of the README and of docs/codes.md from the results; ``make bench`` runs it last."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 _TABLE = re.compile(r"\| on \d+ cores.*?(?=\n\n)", re.DOTALL)
 _MERGE_TABLE = re.compile(r"\| merge of two checkpoints.*?(?=\n\n)", re.DOTALL)
+_CODES_TABLE = re.compile(r"\| every save writes.*?(?=\n\n)", re.DOTALL)
+_BYTES_TABLE = re.compile(r"\| bytes a parameter.*?(?=\n\n)", re.DOTALL)
 _SAVE_TABLE = re.compile(r"\| a save of a Llama.*?(?=\n\n)", re.DOTALL)
 _FORMATS = {
     "tailored": "LLMTailor",
@@ -98,6 +100,70 @@ def make_save_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
+# What is written, how a run of the quality benchmark is called, its rest, and that of the bytes benchmark.
+_CODED = (
+    ("everything exactly: `full`", "full", "skip", "exact"),
+    ("half of the layers: `parity`", "parity", "skip", None),
+    ('half of the layers, the others as 8-bit codes: `parity`, `rest="q8"`', "parity", "q8", None),
+    ('1/20 of them, the others as 8-bit codes: `round_robin(20)`, `rest="q8"`', "round_robin", "q8", "q8"),
+    ('1/20 of them, the others as 4-bit codes: `rest="q4"`', "round_robin", "q4", "q4"),
+    ('weights in BF16 and what is missing as codes: `rest="compact"`', "round_robin", "compact", "compact"),
+)
+
+
+def make_codes_table() -> str:
+    """The table of codes, as it has to stand in the README."""
+    measured, counted = _read("quality")["rows"], _read("coded_bytes")["rows"]["fp32"]
+    interval = measured["settings"]["interval"]
+    found = {
+        (row["strategy"], row["rest"]): row["regimes"] for row in measured["one_failure"] if row["interval"] == interval
+    }
+    rows = [
+        ("every save writes", "bytes a parameter", "steps lost, pre-training", "steps lost, fine-tuning"),
+        ("---", "---", "---", "---"),
+    ]
+    for title, strategy, rest, name in _CODED:
+        regimes = found[strategy, rest]
+        share = regimes["P"]["share_of_bytes"] * counted["exact"]["save_bytes_per_parameter"]
+        nbytes = counted[name]["save_bytes_per_parameter"] if name else share
+        lost = [_format_lost(regimes[regime]) for regime in ("P", "F")]
+        rows.append((title, f"{nbytes:.1f}", *lost))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def make_bytes_table() -> str:
+    """The table of bytes, as it has to stand in docs/codes.md."""
+    counted = _read("coded_bytes")["rows"]
+    titles = {
+        "exact": "`full`",
+        "q8": "`q8`",
+        "q4": "`q4`",
+        "compact": "`compact`",
+        "compact4": "`compact4`",
+    }
+    rows = [
+        ("bytes a parameter", "codes", "a save", "on disk", "codes", "a save", "on disk"),
+        ("---",) * 7,
+        ("", "fp32", "", "", "bf16, fp32 masters", "", ""),
+    ]
+    for name, title in titles.items():
+        of_both = [
+            f"{counted[dtype][name][f'{what}_bytes_per_parameter']:.2f}"
+            if f"{what}_bytes_per_parameter" in counted[dtype][name]
+            else ""
+            for dtype in ("fp32", "bf16_with_fp32_masters")
+            for what in ("codes", "save", "disk")
+        ]
+        rows.append((title, *of_both))
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows)
+
+
+def _format_lost(regime: dict[str, Any]) -> str:
+    if regime["is_identical"]:
+        return "0, bit for bit"
+    return f"{regime['steps_lost']:.1f} +- {regime['steps_lost_sd']:.1f}"
+
+
 def _read(question: str) -> dict[str, Any]:
     text = (ROOT / "benchmarks" / "results" / f"{question}.json").read_text(encoding="utf-8")
     record: dict[str, Any] = json.loads(text)
@@ -110,8 +176,13 @@ def main() -> None:
     assert _TABLE.search(text), "the README has no table to replace"
     assert _MERGE_TABLE.search(text), "the README has no table of merges to replace"
     assert _SAVE_TABLE.search(text), "the README has no table of saves to replace"
+    assert _CODES_TABLE.search(text), "the README has no table of codes to replace"
     text = _SAVE_TABLE.sub(make_save_table(), _MERGE_TABLE.sub(make_merge_table(), _TABLE.sub(make_table(), text)))
-    readme.write_text(text, encoding="utf-8")
+    readme.write_text(_CODES_TABLE.sub(make_codes_table(), text), encoding="utf-8")
+    page = ROOT / "docs" / "codes.md"
+    text = page.read_text(encoding="utf-8")
+    assert _BYTES_TABLE.search(text), "docs/codes.md has no table of bytes to replace"
+    page.write_text(_BYTES_TABLE.sub(make_bytes_table(), text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from llmtailor.tensors import TensorMeta
 from llmtailor.verify import verify_checkpoint
 from master_adamw import LEAF, fresh, load, new_training, weights_that_are_not_rounded_masters
 from tiny_models import Snapshot, assert_same
+from writer.test_masters import set_halves
 from writer.trainings import Training
 
 RESTS = ("q8", "q4", "compact", "compact4")
@@ -157,6 +158,16 @@ def test_exports_hold_what_a_resume_loads(tmp_path: Path, rest: str | None) -> N
     refs = open_catalog(tmp_path / "hf").weights
     model = {key: value for key, value in expected.items() if not key.startswith("state.")}
     assert_same({fqn: load_ref(ref) for fqn, ref in refs.items()}, model)
+
+
+def test_exports_tell_halves_above_and_below_a_weight(tmp_path: Path) -> None:
+    training = new_training(tmp_path)
+    training.train()
+    set_halves(training, torch.arange(0x3F80, 0x3F80 + 64))
+    path = training.save().result()
+    training.close()
+    llmtailor.export(path, tmp_path / "checkpoint-1", to="tailored")
+    assert_same(load(tmp_path / "checkpoint-1", training).state(), training.states[1])
 
 
 # Damage
