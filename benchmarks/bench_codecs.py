@@ -11,12 +11,12 @@ thread does, with what codes are relative to read back from the file where an ex
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from llmtailor.live_state import LiveReader
 from llmtailor.storage import FileReader
 from llmtailor.tensors import TensorMeta
 from llmtailor.writer import CodedImage, code_layer
-from llmtailor.writer.base_file import BaseFile
+from llmtailor.writer.base_file import BaseFile, BaseLayer
 from llmtailor.writer.coding import LayerEncoder
 from llmtailor.writer.devices import Lanes
 
@@ -112,7 +112,7 @@ def decode_turn(
     }
     relative = None if base is None else base.numpy()
     if stored.base == "rounded":
-        relative = found[-1].numpy().view(np.uint16)
+        relative = found[-1].view(torch.int16).numpy().view(np.uint16)
     out = memoryview(target.view(torch.uint8).numpy().data).cast("B")
     return lambda: secs_of(lambda: decode_tensor(stored, arrays, relative, out))
 
@@ -130,9 +130,11 @@ class LayerWay:
         return secs_of(self._encode)
 
     def _encode(self) -> None:
-        is_relative = self._image.base == "exact"
-        opened = BaseFile(self._checkpoint.path, self._record.weights, FileReader()) if is_relative else nullcontext()
-        with opened as base:
+        with contextlib.ExitStack() as stack:
+            base = None
+            if self._image.base == "exact":
+                file = BaseFile(self._checkpoint.path, self._record.weights, FileReader())
+                base = BaseLayer(stack.enter_context(file))
             assert self._encoder.encode(self._image, base, lambda: None) is not None
 
 

@@ -161,7 +161,8 @@ def make_bytes_table() -> str:
 def _format_lost(regime: dict[str, Any]) -> str:
     if regime["is_identical"]:
         return "0, bit for bit"
-    return f"{regime['steps_lost']:.1f} +- {regime['steps_lost_sd']:.1f}"
+    lost = round(regime["steps_lost"], 1) + 0.0  # -0.0 is read as less than nothing
+    return f"{lost:.1f} +- {regime['steps_lost_sd']:.1f}"
 
 
 def _read(question: str) -> dict[str, Any]:
