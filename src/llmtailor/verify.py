@@ -250,11 +250,12 @@ def _check_codes(
     Raises:
         FormatError: Some cannot be decoded.
     """
+    coded = {key: stored for key, stored in codes.items() if stored.codec != "exact"}
+    if not coded:
+        return
     from .codecs.decoding import decode_tensor  # numpy is not needed for checkpoints without codes
 
-    for key, stored in codes.items():
-        if stored.codec == "exact":
-            continue
+    for key, stored in coded.items():
         ranges = {name: header.tensors[array_name(key, name)].byte_range for name in stored.array_names}
         arrays = {name: memoryview(_pread(descriptor, path, each)) for name, each in ranges.items()}
         try:
