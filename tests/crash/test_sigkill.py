@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from llmtailor.checkpoint import open_checkpoint
 from llmtailor.storage import list_checkpoints
 from llmtailor.verify import verify_checkpoint
 
 NUM_KILLS = {"lazy": 60, "patient": 20}
+NUM_KILLS_WITH_CODES = 20
 
 
 class Nursery:
@@ -91,6 +93,10 @@ def wait_for_saves(nursery: Nursery, count: int) -> list[str]:
     return said
 
 
+def holds_codes(checkpoint: Path) -> bool:
+    return any(layer.encoding is not None for layer in open_checkpoint(checkpoint).manifest.layers)
+
+
 def phases(run: Path) -> list[str]:
     """How far the saves had come that were in flight when their process was killed."""
     found = []
@@ -107,16 +113,24 @@ def phases(run: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("strategy", "pace"),
-    [("full", "lazy"), ("parity", "lazy"), pytest.param("parity", "patient", marks=pytest.mark.slow)],
+    [
+        ("full", "lazy"),
+        ("parity", "lazy"),
+        pytest.param("parity", "patient", marks=pytest.mark.slow),
+        pytest.param("parity+q8", "lazy", marks=pytest.mark.slow),
+        pytest.param("parity+q8", "patient", marks=pytest.mark.slow),
+    ],
 )
 def test_sigkill_at_any_instant_loses_nothing_acknowledged(
     tmp_path: Path, nursery: Nursery, strategy: str, pace: str
 ) -> None:
     moments = random.Random(20)
+    has_codes = "+" in strategy
+    num_kills = NUM_KILLS_WITH_CODES if has_codes else NUM_KILLS[pace]
     run = tmp_path / "run"
     acknowledged = 0
     hit: Counter[str] = Counter()
-    for kill in range(NUM_KILLS[pace]):
+    for kill in range(num_kills):
         pid = nursery.start(strategy, run, 10_000, pace)
         said = wait_for_saves(nursery, moments.randrange(4))
         # From before the run is opened, through every part of a save, to the middle of the next one.
@@ -134,10 +148,11 @@ def test_sigkill_at_any_instant_loses_nothing_acknowledged(
             assert entries[-1].step >= acknowledged, (kill, entries)
             for entry in entries:
                 assert verify_checkpoint(entry.path).is_good, (kill, entry)
-    assert acknowledged > NUM_KILLS[pace]
-    assert hit.total() >= NUM_KILLS[pace] // 5, "the kills missed the saves; the test shows nothing"
+    assert acknowledged > num_kills
+    assert hit.total() >= num_kills // 5, "the kills missed the saves; the test shows nothing"
     assert hit["written"] >= 3, hit
-    assert min(hit["captured"], hit["committed"]) >= 3 or pace == "patient", hit
+    assert min(hit["captured"], hit["committed"]) >= 3 or pace == "patient" or has_codes, hit
+    assert holds_codes(list_checkpoints(run)[-1].path) == has_codes
     assert not list(run.glob("*.bad*")) + list(run.glob("*.superseded*"))
 
     steps = acknowledged + 20

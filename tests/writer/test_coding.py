@@ -342,7 +342,15 @@ SPOILS = {
 }
 
 
-@pytest.mark.parametrize("rest", ["q8", Q4, "compact", COMPACT4], ids=list(CODECS))
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "q8",
+        "compact",
+        pytest.param(Q4, marks=pytest.mark.slow, id="q4"),
+        pytest.param(COMPACT4, marks=pytest.mark.slow, id="compact4"),
+    ],
+)
 def test_a_tensor_that_codes_cannot_stand_for_stays_exact_and_all_else_is_coded(
     fast_directory: Path, rest: str
 ) -> None:
@@ -616,6 +624,37 @@ def test_a_save_planned_on_exact_weights_that_fail_is_exact_where_those_before_a
     path = training.save().result()
     assert coded_layers(path) == set(BLOCKS)
     check(training, path)
+    training.close()
+
+
+@pytest.mark.parametrize(("rest", "has_to_wait"), [("q8", True), ("compact", False)])
+def test_only_codes_against_earlier_files_wait_for_earlier_saves(
+    fast_directory: Path, monkeypatch: pytest.MonkeyPatch, rest: str, has_to_wait: bool
+) -> None:
+    training = new_training(fast_directory, rest=rest, options={"max_in_flight": 2})
+    for _ in range(2):
+        training.train()
+        training.save().result()
+    gate, advance = threading.Event(), SaveHandle.advance
+
+    def wait_and_advance(handle: SaveHandle, state: Any) -> None:
+        if handle.step == 3 and state == "written":
+            assert gate.wait(60)
+        advance(handle, state)
+
+    monkeypatch.setattr(SaveHandle, "advance", wait_and_advance)
+    training.train()
+    training.save().captured()
+    training.train()
+    last = training.save()
+    if has_to_wait:
+        with pytest.raises(TimeoutError):
+            last.captured(0.3)
+    else:
+        last.captured(60)
+    gate.set()
+    for handle in training.handles:
+        check(training, handle.result())
     training.close()
 
 

@@ -172,6 +172,8 @@ def test_a_weight_that_changes_while_it_is_packed_fails_the_save(
     assert (caught.value.kind, caught.value.fqn) == ("changed-during-capture", "layers.0.mlp.weight")
     with pytest.warns(SaveFailedWarning):
         training.checkpointer.collect()
+    with pytest.raises(IntegrityError):
+        training.close()
 
 
 def set_halves(training: Training, uppers: torch.Tensor) -> None:

@@ -204,18 +204,20 @@ class Engine:
     def _capture(self, saving: Saving) -> None:
         self._pool.reserve(saving.job.padded_nbytes, is_pinned=bool(saving.fences))
         self._lanes.start(saving.fences)
-        is_coded = any(isinstance(image, CodedImage) for image in saving.job.images)
-        if is_coded:
+        coded = [image for image in saving.job.images if isinstance(image, CodedImage)]
+        readers: list[FileReader] = []
+        if any(image.base == "exact" for image in coded):
             # What codes are relative to may be in a save that is still on its way.
             self._wait_for_earlier(saving)
-        readers = [FileReader(lambda: saving.has_failed) for _ in range(2)] if is_coded else []
+            with translate_os_errors("get memory for a buffer", saving.staged.path):
+                readers = [FileReader(lambda: saving.has_failed) for _ in range(2)]
         for image in saving.job.images:
             for file in self._files(saving, image, readers):
                 self._capture_file(saving, GrowingFile(saving, image.layer, file), file, image)
         self._lanes.synchronize()
         saving.check_unchanged()
         is_packed = any(isinstance(image, LayerImage) and image.masters for image in saving.job.images)
-        scratch_nbytes = self._encoder.scratch_nbytes if is_coded or is_packed else 0
+        scratch_nbytes = self._encoder.scratch_nbytes if coded or is_packed else 0
         saving.pool_nbytes = self._pool.high_water_nbytes + scratch_nbytes
 
     def _wait_for_earlier(self, saving: Saving) -> None:
