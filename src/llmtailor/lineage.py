@@ -91,7 +91,7 @@ class Lineage:
         written = {image.layer: _preview_layer(image) for image in plan.images}
         for layer, each in written.items():
             if each.codes is not None and each.codes.base == "exact" and layer in plan.previous:
-                codes = replace(each.codes, base_digest=plan.previous[layer].weights.digest)
+                codes = replace(each.codes, base_digest=plan.previous[layer].whole_weights.digest)
                 written[layer] = replace(each, codes=codes)
         return self._describe(plan, written, (), None)
 

@@ -32,6 +32,7 @@ __all__ = [
     "Manifest",
     "OptimizerRecord",
     "Parent",
+    "PartRecord",
     "SaveRecord",
     "TensorRecord",
     "World",
@@ -154,6 +155,18 @@ class EncodingRecord(_Record):
     """By component; those that are exact are left out."""
 
 
+class PartRecord(_Record):
+    """The files that one rank wrote of a layer: its shards of the tensors that are spread over ranks."""
+
+    rank: Count
+    weights: FileRecord | None
+    optimizer: FileRecord | None
+
+    @property
+    def files(self) -> tuple[FileRecord, ...]:
+        return tuple(file for file in (self.weights, self.optimizer) if file is not None)
+
+
 class LayerRecord(_Record):
     """A layer, its files and when they were written."""
 
@@ -167,15 +180,39 @@ class LayerRecord(_Record):
     update_count: Count | None
     reason: Name
     drift: float | None
-    weights: FileRecord
+    weights: FileRecord | None
+    """None where the weights are in parts."""
     optimizer: FileRecord | None
+    """None where the optimizer state is in parts, or there is none."""
     encoding: EncodingRecord | None = None
     """Codes that hold a newer, or the whole, state; None if the files hold it."""
+    parts: tuple[PartRecord, ...] = ()
+    """Files of tensors that are spread over ranks, by rank; empty if no tensor of the layer is."""
+
+    @property
+    def whole_weights(self) -> FileRecord:
+        """The weights file of a layer whose weights are not in parts."""
+        assert self.weights is not None, self.name
+        return self.weights
+
+    @property
+    def weights_files(self) -> tuple[FileRecord, ...]:
+        """The weights: one file, or one of each rank that holds some."""
+        if self.weights is not None:
+            return (self.weights,)
+        return tuple(part.weights for part in self.parts if part.weights is not None)
+
+    @property
+    def optimizer_files(self) -> tuple[FileRecord, ...]:
+        """The optimizer state: none, one file, or one of each rank that holds some."""
+        if self.optimizer is not None:
+            return (self.optimizer,)
+        return tuple(part.optimizer for part in self.parts if part.optimizer is not None)
 
     @property
     def plain_files(self) -> tuple[FileRecord, ...]:
         """Those that stock tools read."""
-        return (self.weights,) if self.optimizer is None else (self.weights, self.optimizer)
+        return (*self.weights_files, *self.optimizer_files)
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
@@ -217,7 +254,10 @@ class World(_Record):
     """How the state was spread over ranks."""
 
     size: Annotated[int, Field(ge=1)]
-    sharding: Literal["none"]
+    sharding: Literal["none", "sharded"]
+    """``none``: every layer is in whole files, whoever wrote them. ``sharded``: some are in parts."""
+    layout: Digest | None = None
+    """Digest of how every tensor was cut: parts of checkpoints with another are cut elsewhere. None if none is."""
 
 
 class Writer(_Record):
@@ -325,16 +365,37 @@ def _layer_faults(manifest: Manifest) -> Iterator[str]:
     for layer in manifest.layers:
         if layer.step > manifest.step or layer.save_index > manifest.save_index:
             yield f"layer {layer.name!r} was saved at step {layer.step}, after the checkpoint's {manifest.step}"
-        if layer.update_count is not None and layer.optimizer is None:
+        if layer.update_count is not None and not layer.optimizer_files:
             yield f"layer {layer.name!r} has an update count and no optimizer file"
         if (layer.kind == "block") != (layer.index is not None) or (layer.stack is None) != (layer.index is None):
             yield f"layer {layer.name!r} must have a stack and an index if it is a block, and only then"
-        if manifest.contents == "weights" and layer.optimizer is not None:
+        if manifest.contents == "weights" and layer.optimizer_files:
             yield f"layer {layer.name!r} has an optimizer file in a checkpoint of weights"
+        yield from _part_faults(manifest, layer)
         if layer.encoding is not None:
             yield from _encoding_faults(manifest, layer, layer.encoding)
     if manifest.contents == "weights" and manifest.optimizers:
         yield "a checkpoint of weights has an optimizer"
+
+
+def _part_faults(manifest: Manifest, layer: LayerRecord) -> Iterator[str]:
+    ranks = [part.rank for part in layer.parts]
+    if ranks != sorted(set(ranks)) or any(rank >= manifest.world.size for rank in ranks):
+        yield f"parts of layer {layer.name!r} must be in order of ranks, each below {manifest.world.size}"
+    if not all(part.files for part in layer.parts):
+        yield f"a part of layer {layer.name!r} has no file"
+    if not layer.weights_files:
+        yield f"layer {layer.name!r} has no weights"
+    for whole, parts, what in (
+        (layer.weights, [part.weights for part in layer.parts], "weights"),
+        (layer.optimizer, [part.optimizer for part in layer.parts], "optimizer state"),
+    ):
+        if whole is not None and any(parts):
+            yield f"layer {layer.name!r} has its {what} both whole and in parts"
+    if layer.parts and (manifest.world.sharding == "none" or manifest.world.layout is None):
+        yield f"layer {layer.name!r} is in parts, and the world is not sharded or has no layout"
+    if layer.parts and layer.encoding is not None:
+        yield f"layer {layer.name!r} has both parts and codes"
 
 
 def _encoding_faults(manifest: Manifest, layer: LayerRecord, encoding: EncodingRecord) -> Iterator[str]:
@@ -363,9 +424,14 @@ def encode_manifest(manifest: Manifest) -> tuple[bytes, str]:
     One line per tensor, layer, group and file, so that people can read it and ``diff`` it.
     """
     fields = json.loads(manifest.model_dump_json(by_alias=True))
+    # As in checkpoints of those who know of none.
     for layer in fields["layers"]:
-        if layer["encoding"] is None:  # as in checkpoints of those who know of none
+        if layer["encoding"] is None:
             del layer["encoding"]
+        if not layer["parts"]:
+            del layer["parts"]
+    if fields["world"]["layout"] is None:
+        del fields["world"]["layout"]
     body = "{\n" + ",\n".join(f"{json.dumps(key)}: {_encode_field(value)}" for key, value in fields.items())
     encoded = body.encode("ascii")
     digest = digest_of(encoded)

@@ -147,7 +147,7 @@ class SavePlan:
         record = self._previous_of(layer)
         # Codes are made when all earlier saves have ended, so this cannot differ.
         assert written.codes is not None
-        assert written.codes.base_digest == record.weights.digest, layer
+        assert written.codes.base_digest == record.whole_weights.digest, layer
         return record
 
 

@@ -349,7 +349,7 @@ class Engine:
 def _base_records(layer: LayerRecord, image: CodedImage) -> Sequence[FileRecord]:
     """The files that codes of a layer are relative to; none if one of them is not there."""
     if not image.is_relative_to_state:
-        return (layer.weights,)
+        return (layer.whole_weights,)
     return () if layer.optimizer is None else layer.plain_files
 
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, TypeGuard
 
+from ...boxes import Box, do_tile
 from ...errors import FormatError, IncompleteError, UnsupportedError
 from ...tensors import ByteRange, TensorMeta
 from ..torch_files.nodes import Global, Instance, Size, Tree
 from ..torch_files.storages import DTYPE_OF_GLOBAL, GLOBAL_OF_DTYPE
-from .geometry import Box, do_tile
 
 __all__ = [
     "Blob",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...boxes import Box
 from ...catalog import Catalog, weights_to_train
 from ...errors import InvalidInputError, UnsupportedError
 from ...file_plan import CheckpointPlan, CrcPatch, FilePlan, FileRange, Part
@@ -19,7 +20,6 @@ from ...tensors import ByteRange
 from ..torch_files import TorchTensor, Tree, encode_pickle, plan_torch_blob
 from .contents import Root
 from .full import plan_full
-from .geometry import Box
 from .layout import ACCELERATE, METADATA_NAME, SINGLE, DcpLayout
 from .metadata import Blob, Chunk, Item, ItemPath, TensorItem, ValueItem, build_metadata
 from .optimizer import Optimizer, plan_flat, plan_nested

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ...boxes import box_runs, num_runs
 from ...errors import FormatError, UnsupportedError
 from ...tensor_refs import Extent, FileTensor, file_tensor
 from ...tensors import DTYPE_BITS, TensorMeta
 from ..torch_files import TorchTensor, Tree, open_torch_file
-from .geometry import box_runs, num_runs
 from .metadata import Chunk, TensorItem, ValueItem
 
 __all__ = ["StoredTensor", "read_value"]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtailor.formats.dcp.geometry import Box, box_runs, do_tile, num_runs
+from llmtailor.boxes import Box, box_runs, do_tile, num_runs
 
 
 def box(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
