@@ -307,7 +307,7 @@ def save_fake(
 
     images: Any = [fake_layer(name, step, has_optimizer=is_full, numel=numel) for name in LAYERS if name in layers]
     links = [
-        LinkedFile(record=file, source=parent.path / file.path)
+        LinkedFile(record=file, source=parent.path / file.path, layer=layer.name)
         for layer in kept.values()
         for file in layer.files
         if parent is not None

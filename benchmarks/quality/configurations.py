@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from settings import Regime, Settings
 
-from llmtailor.checkpointer import EngineOptions
+from llmtailor.engine_options import EngineOptions
 
 SKIP = "skip"
 

@@ -18,14 +18,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Protocol, Unpack
 
 import torch
 from safetensors import SafetensorError
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .ballots import Ballots
 from .checkpoint import Checkpoint
-from .codecs import SKIP, Rest, parse_rest
+from .codecs import SKIP, parse_rest
+from .engine_options import DEFAULT_COMMIT_TIMEOUT_SECS, EngineOptions, check_options, check_rank_options
 from .errors import (
     FormatError,
     InvalidInputError,
@@ -36,18 +38,21 @@ from .errors import (
     WriteError,
 )
 from .lineage import Lineage
-from .live_state import LiveReader
+from .live_state import LiveLayers, LiveReader
+from .local_parts import Seat
 from .manifest import INDEX_NAME
+from .meeting import Meeting, open_together
 from .model_state import ModelState, is_adapted
 from .open_runs import OpenRun
+from .ranks import Ranks
 from .resume import Fill, find_resumable, load_resumable
 from .save_plan import Contents, SavePlan, encode_index, plan_save
-from .storage import LocalFileSystem, StagedCheckpoint
+from .storage import LocalFileSystem, StagedCheckpoint, StagingSeat
 from .strategies import Full, SaveContext, Strategy, parse_strategy
 from .tiers import Tiers
-from .writer import CodedImage, Durability, Engine, SaveHandle, WhenBusy, admit, code_layer
+from .writer import CodedImage, Engine, SaveHandle, admit, code_layer
 
-__all__ = ["Checkpointer", "EngineOptions", "check_options", "engine_options"]
+__all__ = ["Checkpointer", "StateReader"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,35 +60,19 @@ _SOFT = (WriteError, FormatError, NotFoundError)
 """What stops a save and not the training: faults of storage, and state that was changed while it was captured."""
 
 
-class EngineOptions(TypedDict, total=False):
-    """How a run's checkpoints are written; the same for every integration."""
+class StateReader(Protocol):
+    """What reads the live state of a training, at every save."""
 
-    capture: Literal["lazy", "blocking"]
-    """"lazy" (default) copies the state while training goes on, up to the next optimizer step; "blocking" before
-    ``save`` returns."""
-    pool_nbytes: int | None
-    """Host memory for state on its way to the disk. None (default) takes what one save needs, up to a quarter of the
-    free memory. A smaller pool works, and makes optimizer steps wait for the disk."""
-    max_in_flight: int
-    """How many saves may be under way; 1 by default."""
-    when_busy: WhenBusy
-    """At that limit, a save waits ("wait", default) or is left out and counted ("skip")."""
-    mirror: Path | str | None
-    """A second directory, on another file system, that every checkpoint is copied to in the background."""
-    mirror_keep: int | None
-    """How many checkpoints to keep in the mirror; None (default) keeps all."""
-    rest: str | Rest | None
-    """What becomes of layers that the strategy does not choose: "skip" (default) leaves them as they were last saved;
-    "q8", "q4", "compact", "compact4" or "codes(...)" write them small instead, so that nothing is stale."""
-    durable: Durability
-    """What ``SaveHandle.result`` waits for: "local" (default), or "mirror", too. A copy that fails then counts as a
-    failed save."""
+    def read_model(self, module: torch.nn.Module) -> ModelState: ...
+
+    def read(self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> LiveLayers: ...
 
 
 class Checkpointer:
     """Saves and finds the checkpoints of one run; holds the run's lock until ``close``.
 
-    Called on rank 0 of a single-process run, by the thread that trains.
+    Called by the thread that trains. On several ranks every rank makes one, for the same directory, and calls the
+    same methods in the same order; ``save`` sends nothing and waits for nobody.
 
     Args:
         directory: The run.
@@ -93,12 +82,15 @@ class Checkpointer:
         split_experts: Every expert is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
         filesystem: For tests.
+        ranks: The processes that train together; None if this one is alone.
+        reader: Reads the live state, where that is not torch's model and optimizers.
         **options: See ``EngineOptions``.
 
     Raises:
         InvalidInputError: An unknown strategy, or an option that makes no sense.
         LockedError: Another process writes this run, or its mirror.
-        WriteError: The directory, or the mirror, cannot be written.
+        WriteError: The directory, or the mirror, cannot be written. On several ranks every rank raises if one cannot.
+        UnsupportedError: An option that several ranks cannot agree on.
     """
 
     def __init__(
@@ -111,12 +103,25 @@ class Checkpointer:
         split_experts: bool = False,
         layer_overrides: Mapping[str, Sequence[str]] | None = None,
         filesystem: LocalFileSystem | None = None,
+        ranks: Ranks | None = None,
+        reader: StateReader | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         check_options(options)
+        if ranks is not None:
+            check_rank_options(options)
+        self._has_peers = ranks is not None
+        self.meeting = Meeting(ranks)
+        """Of the ranks, for what they do together."""
         self._strategy = parse_strategy(strategy)
         self._rest = parse_rest(options.get("rest", SKIP))
-        self._reader = LiveReader(split_experts=split_experts, overrides=layer_overrides)
+        seat = Seat()
+        if ranks is not None:
+            seat = Seat(rank=ranks.rank, size=ranks.size, spread=options.get("spread_layers", False))
+        self._seat = seat
+        self._reader: StateReader = reader or LiveReader(
+            split_experts=split_experts, overrides=layer_overrides, seat=seat
+        )
         self._options = options
         self._is_blocking = options.get("capture", "lazy") == "blocking"
         self._is_prepared = False
@@ -126,20 +131,29 @@ class Checkpointer:
         """Of those in a row: each is raised once."""
         self.num_skipped = 0
         """Saves that were left out because another was in flight."""
-        self._tiers = Tiers(
-            self._directory,
-            keep=keep,
-            keep_consistent=keep_consistent,
-            mirror=options.get("mirror"),
-            mirror_keep=options.get("mirror_keep"),
-            filesystem=filesystem,
-        )
+
+        def open_tiers(seat: StagingSeat | None) -> Tiers:
+            return Tiers(
+                self._directory,
+                keep=keep,
+                keep_consistent=keep_consistent,
+                mirror=options.get("mirror"),
+                mirror_keep=options.get("mirror_keep"),
+                filesystem=filesystem,
+                seat=seat,
+            )
+
+        self._tiers, session = open_together(self.meeting, self._directory, open_tiers)
         try:
             self._engine = Engine(self._tiers.run, pool_nbytes=options.get("pool_nbytes"))
         except BaseException:
             self._tiers.close()
             raise
-        self._lineage = Lineage(self._tiers)
+        self._lineage = Lineage(self._tiers, session, seat)
+        self._ballots: Ballots | None = None
+        if ranks is not None:
+            timeout_secs = options.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
+            self._ballots = Ballots(ranks, self._directory, timeout_secs, newest=lambda: self._lineage.newest)
         hook = register_optimizer_step_pre_hook(_hold_back(weakref.ref(self._engine)))
         self._open_run = OpenRun(self._directory, hook, self._engine, self._tiers)
         # Whoever forgets to close it still gets the saves in flight, and the run's lock goes with it.
@@ -157,7 +171,9 @@ class Checkpointer:
     def find(self, *, consistent: bool = False, max_rollback_steps: int | None = None) -> Checkpoint | None:
         """The newest checkpoint that verifies, of either tier; see ``find_resumable``."""
         self.drain()
-        return find_resumable(self._tiers.all, consistent=consistent, max_rollback_steps=max_rollback_steps)
+        return find_resumable(
+            self._tiers.all, consistent=consistent, max_rollback_steps=max_rollback_steps, meeting=self.meeting
+        )
 
     def load(
         self,
@@ -168,7 +184,9 @@ class Checkpointer:
     ) -> Checkpoint | None:
         """Load the newest checkpoint that verifies, of either tier, while it is verified; see ``load_resumable``."""
         self.drain()
-        return load_resumable(self._tiers.all, plan, consistent=consistent, max_rollback_steps=max_rollback_steps)
+        return load_resumable(
+            self._tiers.all, plan, consistent=consistent, max_rollback_steps=max_rollback_steps, meeting=self.meeting
+        )
 
     def begin(self, parent: Checkpoint | None) -> None:
         """Start a lineage: the next save follows ``parent``, or nothing.
@@ -230,6 +248,8 @@ class Checkpointer:
         """
         called = time.perf_counter()
         self.collect()
+        if self._has_peers and self._newest is not None and self._newest.step == step:
+            self._engine.drain()  # its end is the same on every rank; whether it has come is not
         if self._newest is not None and self._newest.step == step and self._newest.error is None:
             return self._newest
         self._check_step(step)
@@ -237,13 +257,15 @@ class Checkpointer:
             return SaveHandle(step, is_skipped=True)
         handle = SaveHandle(step, durable=self._options.get("durable", "local"))
         self._is_prepared = True
+        attempt = 0 if self._ballots is None else self._ballots.begin(step)
         try:
-            self._attempt(handle, module, optimizers, write_small_files, contents, pinned, called)
-        except _SOFT as err:
-            handle.fail(err)
+            self._attempt(handle, module, optimizers, write_small_files, contents, pinned, called, attempt)
         except BaseException as err:
             handle.fail(err)
-            raise
+            if self._ballots is not None:
+                self._ballots.fail(step, attempt, err)
+            if not isinstance(err, _SOFT):
+                raise
         self._newest = handle
         self._open_run.uncollected = [*self._open_run.uncollected, handle]
         if self._is_blocking:
@@ -278,6 +300,8 @@ class Checkpointer:
         if admission == "wait":
             self._engine.wait_for_room(limit)
             self.collect()
+        if self._ballots is not None:
+            self._ballots.catch_up(self._lineage.learn)
         return True
 
     def _attempt(
@@ -289,6 +313,7 @@ class Checkpointer:
         contents: Contents,
         pinned: Collection[int],
         called: float,
+        attempt: int,
     ) -> None:
         plan = plan_save(
             self._reader.read(module, optimizers if contents == "full" else ()),
@@ -298,31 +323,33 @@ class Checkpointer:
             rest=self._rest,
             parent=self._lineage.parent_to_plan_with(),
             is_linkable=self._lineage.is_linkable,
+            seat=self._seat,
         )
+        ballot = None if self._ballots is None else self._ballots.open(handle.step, attempt, plan.choice)
         if coded := [image for image in plan.images if isinstance(image, CodedImage)]:
             self._engine.compile(coded)
-        staged = self._stage(plan)
+        staged = self._stage(plan, attempt)
         try:
             with _translate_small_file_errors(staged.path):
                 write_small_files(staged.path)
                 # An adapter has names that only PEFT understands; it brings files of its own for stock tools.
-                if not is_adapted(module):
+                if self._seat.rank == 0 and plan.has_whole_weights and not is_adapted(module):
                     (staged.path / INDEX_NAME).write_text(encode_index(plan), encoding="utf-8")
         except BaseException:
             self._tiers.run.abandon(staged)
             raise
-        job = self._lineage.make_job(plan, staged, handle, pinned)
+        job = self._lineage.make_job(plan, staged, handle, pinned, ballot)
         self._engine.submit(job, handle, called=called)
 
-    def _stage(self, plan: SavePlan) -> StagedCheckpoint:
+    def _stage(self, plan: SavePlan, attempt: int) -> StagedCheckpoint:
         try:
-            return self._tiers.run.stage(plan.step, plan.nbytes, plan.num_files)
+            return self._tiers.run.stage(plan.step, plan.nbytes, plan.num_files, attempt=attempt)
         except WriteError as err:
             if err.kind != "no-space":
                 raise
         # An old checkpoint may be on its way out.
         self._engine.drain()
-        return self._tiers.run.stage(plan.step, plan.nbytes, plan.num_files)
+        return self._tiers.run.stage(plan.step, plan.nbytes, plan.num_files, attempt=attempt)
 
     def _strategy_for(self, module: torch.nn.Module) -> Strategy:
         if not is_adapted(module) or isinstance(self._strategy, Full):
@@ -403,33 +430,6 @@ class Checkpointer:
             failures, self._open_run.failures = self._open_run.failures, []
         if failures:
             raise failures[-1]
-
-
-def engine_options(options: Mapping[str, Any]) -> EngineOptions:
-    """Those of an integration's options that are the engine's."""
-    return cast(EngineOptions, {key: options[key] for key in EngineOptions.__annotations__ if key in options})
-
-
-def check_options(options: EngineOptions) -> None:
-    """Refuse options that make no sense, before anything is opened.
-
-    Raises:
-        InvalidInputError: Says which.
-    """
-    choices = {"capture": ("lazy", "blocking"), "when_busy": ("wait", "skip"), "durable": ("local", "mirror")}
-    given: Mapping[str, object] = {**options}
-    for name, values in choices.items():
-        if given.get(name, values[0]) not in values:
-            raise _refuse(name, " or ".join(map(repr, values)), given[name])
-    in_flight = given.get("max_in_flight", 1)
-    if not isinstance(in_flight, int) or in_flight < 1:
-        raise _refuse("max_in_flight", "a number >= 1", in_flight)
-    if given.get("mirror") is None and (given.get("durable") == "mirror" or given.get("mirror_keep") is not None):
-        raise _refuse("mirror", "a directory, for durable='mirror' and mirror_keep are about it", None)
-
-
-def _refuse(name: str, expected: str, found: object) -> InvalidInputError:
-    return InvalidInputError(f"{name} makes no sense", kind="option", expected=expected, found=repr(found))
 
 
 def _hold_back(engine: weakref.ref[Engine]) -> Callable[..., None]:

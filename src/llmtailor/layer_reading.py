@@ -1,6 +1,6 @@
 """A layer's files, read once, digested, and put into tensors: as they are, or decoded.
 
-    PlainFile    bytes go straight into place, piece by piece
+    PlainFile    bytes go into place piece by piece: straight where what is wanted is what the file holds
     CodedLayer   weights (earlier ones, or rounded ones) into place, then the codes over them; state out of the codes;
                  masters over what they are relative to, before the weights that are their rounding
 
@@ -23,17 +23,18 @@ from .codecs.decoding import Values, decode_tensor, storage_type
 from .errors import FormatError, IntegrityError
 from .formats.safetensors import Header
 from .manifest import FileRecord
+from .shards import Shards, whole_shard
 from .state_keys import split_state_key
 from .storage import FileReader
 from .tensor_bytes import meta_of, torch_dtype
-from .tensor_filling import FileFiller, fill_tensor, host_bytes
+from .tensor_filling import FileFiller, Target, Targets, copy_overlaps, fill_tensor, host_bytes, plan_filling
 from .tensors import TensorMeta
 from .verify import changed_bytes, open_published
 
-__all__ = ["CheckedFile", "CodedLayer", "LayerReading", "PlainFile", "Tensors"]
+__all__ = ["CheckedFile", "CodedLayer", "LayerReading", "PlainFile"]
 
-Tensors: TypeAlias = Mapping[str, torch.Tensor]
-"""By name in a file; coded ones by their key."""
+_Tensors: TypeAlias = Mapping[str, torch.Tensor]
+"""Whole ones, by name in a file; coded ones by their key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,8 @@ class CheckedFile:
     header: Header
     prefix: bytes
     """The bytes the header was read from."""
+    shards: Shards
+    """Which elements of its tensors the file holds; of each of them."""
 
     @property
     def path(self) -> Path:
@@ -79,11 +82,14 @@ class CheckedFile:
         if found != self.record.digest:
             raise changed_bytes(self.path, self.record.digest, found)
 
-    def fill(self, reader: FileReader, tensors: Tensors) -> None:
-        """Read the file into tensors; those it has and ``tensors`` has not are passed over."""
-        stored = (each for each in self.header.tensors.values() if each.name in tensors)
-        filler = FileFiller([(each.byte_range, tensors[each.name]) for each in stored])
-        self.read(reader, filler.put)
+    def fill(self, reader: FileReader, targets: Targets) -> None:
+        """Read the file into targets; what it has and they have not is passed over."""
+        planned = (
+            plan_filling(each.byte_range, torch_dtype(each.meta.dtype), self.shards[each.name], targets[each.name])
+            for each in self.header.tensors.values()
+            if each.name in targets
+        )
+        self.read(reader, FileFiller([*itertools.chain.from_iterable(planned)]).put)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +98,10 @@ class PlainFile:
 
     layer: str
     file: CheckedFile
-    find_targets: Callable[[], Tensors]
+    find_targets: Callable[[], Targets]
     """Called when reading begins, in any thread; names it leaves out are read, and not kept."""
-    install: Callable[[Tensors], None]
-    """Called in the caller's thread when the targets hold what was published."""
+    install: Callable[[], None]
+    """Called in the caller's thread when the targets hold what was published: all files that have this one are read."""
 
     @property
     def plain(self) -> tuple[CheckedFile, ...]:
@@ -105,11 +111,9 @@ class PlainFile:
     def records(self) -> tuple[FileRecord, ...]:
         return (self.file.record,)
 
-    def read(self, reader: FileReader) -> Tensors:
+    def read(self, reader: FileReader) -> None:
         """Fill the targets; see ``CheckedFile.read``."""
-        tensors = self.find_targets()
-        self.file.fill(reader, tensors)
-        return tensors
+        self.file.fill(reader, self.find_targets())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +130,8 @@ class CodedLayer:
     plain: tuple[CheckedFile, ...]
     """The layer's weights and optimizer files: what holds something that is wanted, or that codes are relative to; or
     is only looked at for whether it is what was published, for a later save links it."""
-    find_targets: Callable[[], Tensors]
-    install: Callable[[Tensors], None]
+    find_targets: Callable[[], Targets]
+    install: Callable[[], None]
 
     @property
     def records(self) -> tuple[FileRecord, ...]:
@@ -137,19 +141,29 @@ class CodedLayer:
     def join(self, other: LayerReading) -> CodedLayer:
         """What both want, with every file read once."""
 
-        def find_targets() -> Tensors:
+        def find_targets() -> Targets:
             return {**self.find_targets(), **other.find_targets()}
 
-        def install(tensors: Tensors) -> None:
-            self.install(tensors)
-            other.install(tensors)
+        def install() -> None:
+            self.install()
+            other.install()
 
         plain = {file.record.path: file for file in (*self.plain, *other.plain)}
         return replace(self, plain=tuple(plain.values()), find_targets=find_targets, install=install)
 
-    def read(self, reader: FileReader) -> Tensors:
-        """Fill the targets; see ``CheckedFile.read``. Takes as much memory as the codes."""
-        targets = self.find_targets()
+    def read(self, reader: FileReader) -> None:
+        """Fill the targets; see ``CheckedFile.read``. Takes as much memory as the codes.
+
+        Where something else is wanted than a whole tensor in one place, one is made in host memory, and copied from.
+        """
+        wanted = self.find_targets()
+        tensors = {key: _make_whole(self._meta_of(key), targets) for key, targets in wanted.items()}
+        self._read_whole(reader, tensors)
+        for key, tensor in tensors.items():
+            if tensor is not wanted[key][0].tensor:
+                copy_overlaps(tensor.flatten(), whole_shard(tensor.shape), wanted[key])
+
+    def _read_whole(self, reader: FileReader, targets: _Tensors) -> None:
         rounded = {key for key in targets if key in self.stored and self.stored[key].base == "master"}
         of_rounded = {self._master_of(key) for key in rounded}
         # Masters first: the memory of weights that they are relative to is theirs alone until then.
@@ -172,14 +186,16 @@ class CodedLayer:
                 fill_tensor(target, out)
             if key in of_rounded:
                 masters[key] = out
-        return targets
 
     def _master_of(self, fqn: str) -> str:
         of_weight = (key for key in self.stored if key.startswith("state.") and split_state_key(key)[0] == fqn)
         return next(key for key in of_weight if component_of(key) is Component.MASTER)
 
     def _meta_of(self, key: str) -> TensorMeta:
-        return (self.stored if key in self.stored else self.packed)[key].meta
+        coded = self.stored.get(key) or self.packed.get(key)
+        if coded is not None:
+            return coded.meta
+        return next(file.header.tensors[key].meta for file in self.plain if key in file.header.tensors)
 
     def _is_unpacked(self, key: str) -> bool:
         """Whether the optimizer file's pieces of a master are needed: it is that, or its codes are relative to it."""
@@ -194,7 +210,7 @@ class CodedLayer:
             return (split_state_key(key)[0],)
         return (key,) if base in ("exact", "rounded") else ()
 
-    def _read_plain(self, reader: FileReader, wanted: Sequence[str], targets: Tensors) -> Mapping[str, torch.Tensor]:
+    def _read_plain(self, reader: FileReader, wanted: Sequence[str], targets: _Tensors) -> Mapping[str, torch.Tensor]:
         """Fill what is in the plain files as it is.
 
         Returns:
@@ -208,7 +224,7 @@ class CodedLayer:
             is_fit = target is not None and meta_of(target) == metas[name] and host_bytes(target) is not None
             bases.setdefault(name, target if target is not None and is_fit else _new_tensor(metas[name]))
         for file in self.plain:
-            file.fill(reader, {**into, **bases})
+            file.fill(reader, {name: [_whole_target(tensor)] for name, tensor in {**into, **bases}.items()})
         for name in into.keys() & bases.keys():
             if bases[name] is not into[name]:
                 fill_tensor(into[name], _bytes_of(bases[name]))
@@ -257,6 +273,17 @@ class CodedLayer:
             raise FormatError(
                 f"codes cannot be decoded: {err}", kind="codes", path=path, layer=self.layer, fqn=key
             ) from err
+
+
+def _make_whole(meta: TensorMeta, targets: Sequence[Target]) -> torch.Tensor:
+    """Memory for a whole tensor: the target's, if that is one."""
+    if len(targets) == 1 and targets[0].shard == whole_shard(meta.shape):
+        return targets[0].tensor
+    return _new_tensor(meta)
+
+
+def _whole_target(tensor: torch.Tensor) -> Target:
+    return Target(tensor=tensor, shard=whole_shard(tensor.shape))
 
 
 def _new_tensor(meta: TensorMeta) -> torch.Tensor:

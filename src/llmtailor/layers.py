@@ -50,6 +50,7 @@ __all__ = [
     "map_module",
     "map_names",
     "named_tensors",
+    "part_suffix",
 ]
 
 _Path: TypeAlias = tuple[str, ...]
@@ -266,6 +267,11 @@ def file_stem(layer: Layer) -> str:
     if stem.startswith("."):
         stem = "%2E" + stem[1:]
     return stem or "%"
+
+
+def part_suffix(rank: int) -> str:
+    """What follows the stem in the name of a file that holds a rank's part of a layer."""
+    return f".rank-{rank:05d}"
 
 
 @dataclass(frozen=True, slots=True)

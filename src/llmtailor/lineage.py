@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import secrets
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +20,16 @@ import torch
 from pydantic import ValidationError
 
 from . import __version__
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .errors import UnsupportedError
-from .manifest import FileRecord, LayerRecord, Manifest, Parent, SaveRecord, World, Writer
+from .local_parts import Seat
+from .manifest import FileRecord, LayerRecord, Manifest, Parent, SaveRecord, World, Writer, digest_of
 from .save_plan import SavePlan
-from .storage import StagedCheckpoint
+from .storage import StagedCheckpoint, checkpoint_name
 from .tiers import Tiers
+from .votes import Verdict
 from .writer import (
+    Ballot,
     CodedImage,
     LayerImage,
     LinkedFile,
@@ -48,14 +50,21 @@ class Lineage:
 
     Args:
         tiers: Where checkpoints of this run are. A parent from anywhere else is of another run.
+        session: Text that is new each time a run is opened, and the same on every rank.
+        seat: Which rank this is.
     """
 
-    def __init__(self, tiers: Tiers) -> None:
+    def __init__(self, tiers: Tiers, session: str, seat: Seat = Seat()) -> None:  # noqa: B008
         self._tiers = tiers
+        self._session = session
+        self.seat = seat
+        self._num_branches = 0
+        self._lost: frozenset[str] = frozenset()
+        """Layers of which some rank could not link its files: they are written anew."""
         self._directories = {tier.path.resolve() for tier in tiers.all}
         self._is_new_branch = True
         self._mutex = threading.Lock()
-        self._run_id = secrets.token_hex(16)
+        self._run_id = self._new_run_id()
         self._parent: Checkpoint | None = None
         self._planned: list[tuple[SavePlan, SaveHandle]] = []
         """Of saves that may be in flight, oldest first."""
@@ -65,7 +74,38 @@ class Lineage:
         self._parent = parent
         self._is_new_branch = True
         is_continued = parent is not None and self._follows_own()
-        self._run_id = parent.manifest.run_id if parent is not None and is_continued else secrets.token_hex(16)
+        self._run_id = parent.manifest.run_id if parent is not None and is_continued else self._new_run_id()
+        self._lost = frozenset()
+
+    def _new_run_id(self) -> str:
+        """Of a new run; every rank comes to the same by itself."""
+        self._num_branches += 1
+        return digest_of(f"{self._session}/{self._num_branches}".encode()).removeprefix("xxh3_128:")
+
+    @property
+    def newest(self) -> tuple[int, str] | None:
+        """Step and digest of the newest checkpoint that is published, as far as this rank knows."""
+        with self._mutex:
+            return None if self._parent is None else (self._parent.manifest.step, self._parent.digest)
+
+    def learn(self, verdict: Verdict) -> None:
+        """Catch up with what became of a save of many ranks; no save may be in flight.
+
+        A rank that did not hear of a published checkpoint follows it from now on.
+
+        Raises:
+            NotFoundError, FormatError: That checkpoint is not there, or is another.
+        """
+        self._lost = self._lost | set(verdict.lost) if verdict.error is not None else frozenset()
+        known = self.newest
+        if verdict.parent is None or (known is not None and known[1] == verdict.parent):
+            return
+        assert verdict.parent_step is not None
+        found = open_checkpoint(self._tiers.run.path / checkpoint_name(verdict.parent_step))
+        if found.digest == verdict.parent:
+            with self._mutex:
+                self._parent = found
+                self._is_new_branch = False
 
     def _follows_own(self) -> bool:
         """True if the next save follows a checkpoint of this run."""
@@ -95,8 +135,13 @@ class Lineage:
                 written[layer] = replace(each, codes=codes)
         return self._describe(plan, written, (), None)
 
-    def is_linkable(self, file: FileRecord) -> bool:
-        """True if a file of the parent can be linked, or will be there to be linked."""
+    def is_linkable(self, layer: str, file: FileRecord) -> bool:
+        """True if a file of the parent can be linked, or will be there to be linked.
+
+        On several ranks this says what all know: a file that turns out to be gone fails the save, and is known then.
+        """
+        if self.seat.size > 1:
+            return layer not in self._lost
         with self._mutex:
             if any(file.path in image.names for plan in self._in_flight() for image in plan.images):
                 return True
@@ -110,7 +155,12 @@ class Lineage:
         return self._parent.path / file.path
 
     def make_job(
-        self, plan: SavePlan, staged: StagedCheckpoint, handle: SaveHandle, pinned: Collection[int]
+        self,
+        plan: SavePlan,
+        staged: StagedCheckpoint,
+        handle: SaveHandle,
+        pinned: Collection[int],
+        ballot: Ballot | None = None,
     ) -> SaveJob:
         """What the writer is told; the plan counts as in flight from now on, as long as the handle does.
 
@@ -119,6 +169,7 @@ class Lineage:
             staged: Its attempt.
             handle: Its caller's.
             pinned: Steps that retention must keep.
+            ballot: On several ranks, the vote on it.
         """
         with self._mutex:
             self._planned.append((plan, handle))
@@ -136,7 +187,10 @@ class Lineage:
                 if self._is_new_branch:
                     self._tiers.leave_branch(plan.step, is_first=not self._follows_own())
                     self._is_new_branch = False
-                return [LinkedFile(record=file, source=self._source(file)) for file in rebased.links(written)]
+                return [
+                    LinkedFile(record=file, source=self._source(file), layer=layer)
+                    for layer, file in rebased.links(written)
+                ]
 
         def build_manifest(
             written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost
@@ -160,6 +214,7 @@ class Lineage:
             is_first=lambda: not self._follows_own(),
             on_published=note_published,
             tidy_up=lambda path: self._tiers.follow_up(path, handle, pinned),
+            ballot=ballot,
         )
 
     def _in_flight(self) -> list[SavePlan]:
@@ -173,7 +228,9 @@ class Lineage:
         self, plan: SavePlan, written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost | None
     ) -> Manifest:
         parent = self._parent
-        return Manifest(
+        # What one rank of several knows is no whole checkpoint.
+        build: Callable[..., Manifest] = Manifest if self.seat.size == 1 else Manifest.model_construct
+        return build(
             run_id=self._run_id,
             step=plan.step,
             save_index=plan.save_index,
@@ -181,7 +238,7 @@ class Lineage:
             parent=None if parent is None else Parent(step=parent.manifest.step, digest=parent.digest),
             contents=plan.contents,
             strategy=plan.strategy,
-            world=World(size=1, sharding="none"),
+            world=World(size=self.seat.size, sharding="none" if plan.layout is None else "sharded", layout=plan.layout),
             writer=Writer(
                 llmtailor=__version__,
                 torch=torch.__version__,
@@ -206,11 +263,11 @@ def _preview_layer(image: LayerImage | CodedImage) -> WrittenLayer:
     if isinstance(image, LayerImage):
         weights, optimizer = image.weights, image.optimizer
         return WrittenLayer(
-            weights=preview(weights.name, weights.nbytes),
+            weights=None if weights is None else preview(weights.name, weights.nbytes),
             optimizer=None if optimizer is None else preview(optimizer.name, optimizer.nbytes),
             update_count=None,
         )
-    weights = image.live.weights
+    weights = image.live.whole_weights
     codes = WrittenCodes(
         file=preview(image.name, image.nbytes),
         rest=image.rest.text,

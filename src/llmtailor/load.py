@@ -1,7 +1,11 @@
 """From a checkpoint back into live objects: weights, and optimizer state by parameter name.
 
-    plan_load   names, shapes, types, sizes and headers of all files are checked; nothing is changed
-    fill        every file is read once, several at a time: digested and put into place piece by piece
+    plan_load      names, shapes, types, sizes and headers of all files are checked; nothing is changed
+    plan_targets   the same for a caller that has memory of its own
+    fill           files are read once, several at a time: digested and put into place piece by piece
+
+However many ranks saved, and however tensors are cut here (``DTensor``): each rank fills what it holds, from the files
+that have something for it, and talks to no other.
 
 Optimizer state goes into memory of its own and becomes the optimizer's when its file's digest is right. Weights go
 straight into the model: a digest that turns out wrong is of bytes that are there already, and all that can be done
@@ -10,21 +14,20 @@ is to load another checkpoint over them.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint import Checkpoint, require_optimizer
-from .codecs import StoredCodes
-from .errors import FormatError, IncompatibleError, TailorError
-from .formats.safetensors import read_header
-from .formats.tailored import LayerCodes, read_codes_header, read_packed, state_metas
-from .layer_reading import CheckedFile, CodedLayer, LayerReading, PlainFile, Tensors
-from .manifest import EncodingRecord, FileRecord, LayerRecord
+from .errors import IncompatibleError, IncompleteError, TailorError
+from .layer_opening import SavedState, SavedTensors, Wanted, open_states, open_weights, states_by_parameter
+from .layer_reading import CodedLayer, LayerReading
+from .local_parts import is_dtensor, local_part, memory_of
+from .manifest import FileRecord, LayerRecord
 from .model_state import ModelState, check_model
 from .optimizer_check import check_state
 from .optimizer_state import (
@@ -35,20 +38,25 @@ from .optimizer_state import (
     parameter_names,
     unwrap_optimizer,
 )
-from .state_keys import NOTES_KEY, split_state_key, state_key
+from .shards import Shard, whole_shard
+from .state_keys import split_state_key, state_key
 from .storage import read_files
-from .strict_json import parse_object
-from .tensor_bytes import torch_dtype
+from .tensor_bytes import meta_of, torch_dtype
+from .tensor_filling import Target, Targets
 from .tensors import TensorMeta
-from .verify import check_layer_header, open_published
 
 __all__ = [
     "Load",
+    "SavedState",
+    "Target",
+    "Targets",
     "load_model",
     "load_optimizers",
     "plan_load",
     "plan_model",
     "plan_optimizers",
+    "plan_targets",
+    "read_saved_states",
     "say_partly_loaded",
 ]
 
@@ -85,6 +93,14 @@ class Load:
             for record in item.records:
                 on_file(record)
 
+        # A layer's state is in the files of several ranks, and becomes the optimizer's when all of them are read.
+        unread = Counter(item.install for item in self.layers)
+
+        def done(item: LayerReading, _: None) -> None:
+            unread[item.install] -= 1
+            if not unread[item.install]:
+                item.install()
+
         # Before and after: whoever copies these tensors meanwhile sees that they are not what they were.
         torch.autograd.graph.increment_version(self.live)
         try:
@@ -94,7 +110,7 @@ class Load:
                 lambda item: sum(record.bytes for record in item.records),
                 lambda item, reader: item.read(reader),
                 on_begin=begin,
-                on_done=lambda item, tensors: item.install(tensors),
+                on_done=done,
             )
         except (TailorError, OSError) as err:
             say_partly_loaded(err)
@@ -154,9 +170,10 @@ def plan_model(checkpoint: Checkpoint, state: ModelState) -> Load:
     """
     manifest = checkpoint.manifest
     check_model(state, manifest.tensors, path=checkpoint.path)
-    # A tensor that is missing from its file would silently keep the value the model happens to have.
-    layers = [_weights_of(checkpoint, layer, state) for layer in manifest.layers]
-    return Load(checkpoint=checkpoint, layers=tuple(layers), begin=lambda: None, live=tuple(state.tensors.values()))
+    layers = [each for layer in manifest.layers for each in _weights_of(checkpoint, layer, state)]
+    # A DTensor and its part each count their changes.
+    parts = [memory_of(tensor) for tensor in state.tensors.values() if is_dtensor(tensor)]
+    return Load(checkpoint=checkpoint, layers=tuple(layers), begin=lambda: None, live=(*state.tensors.values(), *parts))
 
 
 def _join(of_model: Sequence[LayerReading], of_optimizers: Sequence[LayerReading]) -> tuple[LayerReading, ...]:
@@ -173,77 +190,19 @@ def _join(of_model: Sequence[LayerReading], of_optimizers: Sequence[LayerReading
     return (*joined, *plain, *coded.values())
 
 
-def _weights_of(checkpoint: Checkpoint, layer: LayerRecord, state: ModelState) -> LayerReading:
-    if layer.encoding is None:
-        file = _open_file(checkpoint, layer, layer.weights)
-        tensors = {name: state.tensors[name] for name in file.header.tensors}
-        return PlainFile(layer=layer.name, file=file, find_targets=lambda: tensors, install=lambda tensors: None)
-    codes, held = _open_codes(checkpoint, layer, layer.encoding)
-    # Weights may be the rounding of masters, which are relative to those of then.
-    files, packed = _open_plain(checkpoint, layer, held, has_weights=True, has_state=held.is_relative_to_state)
-    wanted = {name: state.tensors[name] for name in {*files[0].header.tensors, *held.weights}}
-    return CodedLayer(
-        layer=layer.name,
-        codes=codes,
-        stored={**held.weights, **held.states},
-        packed=packed,
-        plain=files,
-        find_targets=lambda: wanted,
-        install=lambda tensors: None,
-    )
+def _weights_of(checkpoint: Checkpoint, layer: LayerRecord, state: ModelState) -> tuple[LayerReading, ...]:
+    saved = open_weights(checkpoint, layer)
+    targets = {fqn: [_target_of(state.tensors[fqn])] for fqn in saved.metas}
+    return saved.plan(_wanted(targets), lambda: targets, lambda: None)
 
 
-def _open_plain(
-    checkpoint: Checkpoint, layer: LayerRecord, codes: LayerCodes | None, *, has_weights: bool, has_state: bool
-) -> tuple[tuple[CheckedFile, ...], Mapping[str, StoredCodes]]:
-    """A layer's weights and optimizer file, as far as they are wanted and there, and what the latter has in pieces.
-
-    Masters in pieces are relative to the weights file, so it is there if they are.
-    """
-    optimizer = _open_file(checkpoint, layer, layer.optimizer, codes) if layer.optimizer and has_state else None
-    packed = {} if optimizer is None else read_packed(optimizer.path, optimizer.header)
-    weights = _open_file(checkpoint, layer, layer.weights, codes) if has_weights or packed else None
-    return tuple(file for file in (weights, optimizer) if file is not None), packed
+def _target_of(tensor: torch.Tensor) -> Target:
+    part = local_part(tensor)
+    return Target(tensor=part.tensor, shard=part.shard)
 
 
-def _open_file(
-    checkpoint: Checkpoint, layer: LayerRecord, record: FileRecord, codes: LayerCodes | None = None
-) -> CheckedFile:
-    """A layer's weights or optimizer file, its header checked."""
-    path = checkpoint.path / record.path
-    with open_published(checkpoint.path, record) as descriptor:
-        header, prefix = read_header(descriptor, path)
-    check_layer_header(path, checkpoint.manifest, layer, record, header, codes)
-    return CheckedFile(checkpoint=checkpoint.path, record=record, header=header, prefix=prefix)
-
-
-def _open_codes(checkpoint: Checkpoint, layer: LayerRecord, encoding: EncodingRecord) -> tuple[CheckedFile, LayerCodes]:
-    """A layer's codes file, and what it holds."""
-    path = checkpoint.path / encoding.codes.path
-    with open_published(checkpoint.path, encoding.codes) as descriptor:
-        header, prefix = read_header(descriptor, path)
-    codes = read_codes_header(path, header, checkpoint.manifest, layer)
-    return CheckedFile(checkpoint=checkpoint.path, record=encoding.codes, header=header, prefix=prefix), codes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SavedState:
-    """Optimizer state of one parameter, still in its file."""
-
-    metas: Mapping[str, TensorMeta]
-    """By leaf."""
-    notes: Mapping[str, Any]
-    """By leaf."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SavedLayer:
-    """Optimizer state of a layer, still in its optimizer file or in codes."""
-
-    states: Mapping[str, _SavedState]
-    """By fqn."""
-    read: Callable[[Callable[[], Tensors], Callable[[Tensors], None]], LayerReading]
-    """With targets and what is done with them when they are filled."""
+def _wanted(targets: Targets) -> Wanted:
+    return {name: [target.shard for target in each] for name, each in targets.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +214,13 @@ class _Home:
     parameter: torch.Tensor
     fqn: str
 
-    def make_tensors(self, saved: _SavedState) -> dict[str, torch.Tensor]:
+    def shard_of(self, leaf: str, saved: SavedState) -> Shard:
+        """What of a leaf belongs here; see ``new_state_tensor``."""
+        shape = saved.metas[leaf].shape
+        is_cut = leaf not in saved.notes and leaf != "step" and shape == tuple(self.parameter.shape)
+        return local_part(self.parameter).shard if is_cut else whole_shard(shape)
+
+    def make_tensors(self, saved: SavedState) -> dict[str, torch.Tensor]:
         """Memory for the state, by leaf."""
         return {leaf: self._make_tensor(leaf, meta, saved.notes) for leaf, meta in saved.metas.items()}
 
@@ -317,8 +282,8 @@ def plan_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Seque
         [ParameterGroup(parameters=group.parameters, options=group.options) for group in record.groups]
         for record in manifest.optimizers
     ]
-    found = [_open_states(checkpoint, layer) for layer in manifest.layers if layer.optimizer or layer.encoding]
-    saved = {fqn: each for layer in found for fqn, each in layer.states.items()}
+    found = _open_layers(checkpoint)
+    saved = {fqn: each for layer in found for fqn, each in states_by_parameter(layer).items()}
     for optimizer, record, groups in zip(live, manifest.optimizers, records, strict=True):
         fqns = [fqn for group in groups for fqn in group.parameters]
         metas = {fqn: saved[fqn].metas if fqn in saved else {} for fqn in fqns}
@@ -329,6 +294,8 @@ def plan_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Seque
             err.path = str(checkpoint.path)
             raise
     homes = _find_homes(state, live, records)
+    arriving = [_ArrivingStates(layer, homes) for layer in found]
+    layers = [each.plan() for each in arriving]
 
     def begin() -> None:
         for optimizer, groups in zip(live, records, strict=True):
@@ -338,8 +305,17 @@ def plan_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Seque
                 home.reserve()
             else:
                 home.take({}, {})
+        for each, readings in zip(arriving, layers, strict=True):
+            if not readings:  # this rank holds nothing of it, but that there is state
+                each.install()
 
-    return Load(checkpoint=checkpoint, layers=tuple(_states_of(layer, homes) for layer in found), begin=begin, live=())
+    return Load(checkpoint=checkpoint, layers=tuple(each for layer in layers for each in layer), begin=begin, live=())
+
+
+def _open_layers(checkpoint: Checkpoint) -> list[SavedTensors]:
+    """The optimizer state of each layer that has some."""
+    layers = checkpoint.manifest.layers
+    return [open_states(checkpoint, layer) for layer in layers if layer.optimizer_files or layer.encoding is not None]
 
 
 def _find_homes(
@@ -352,85 +328,125 @@ def _find_homes(
     return {fqn: _Home(optimizers=each, parameter=state.tensors[fqn], fqn=fqn) for fqn, each in owners.items()}
 
 
-def _states_of(layer: _SavedLayer, homes: Mapping[str, _Home]) -> LayerReading:
-    ours = {fqn: saved for fqn, saved in layer.states.items() if fqn in homes}
+class _ArrivingStates:
+    """Optimizer state of a layer while it is read, from however many files.
 
-    def find_targets() -> Tensors:
-        made = {fqn: homes[fqn].make_tensors(saved) for fqn, saved in ours.items()}
-        return {state_key(fqn, leaf): tensor for fqn, tensors in made.items() for leaf, tensor in tensors.items()}
+    Args:
+        saved: The layer's state.
+        homes: By fqn; state of other parameters is left where it is.
+    """
 
-    def install(tensors: Tensors) -> None:
-        for fqn, saved in ours.items():
-            homes[fqn].take({leaf: tensors[state_key(fqn, leaf)] for leaf in saved.metas}, saved.notes)
+    def __init__(self, saved: SavedTensors, homes: Mapping[str, _Home]) -> None:
+        self._saved = saved
+        self._homes = homes
+        self._states = {fqn: each for fqn, each in states_by_parameter(saved).items() if fqn in homes}
+        self._making = threading.Lock()
+        self._tensors: dict[str, dict[str, torch.Tensor]] | None = None
+        """By fqn and leaf; None before a file of the layer is read, and when all are."""
 
-    return layer.read(find_targets, install)
+    def plan(self) -> tuple[LayerReading, ...]:
+        wanted = {
+            state_key(fqn, leaf): [self._homes[fqn].shard_of(leaf, each)]
+            for fqn, each in self._states.items()
+            for leaf in each.metas
+        }
+        return self._saved.plan(wanted, self._find_targets, self.install)
 
+    def install(self) -> None:
+        tensors, self._tensors = self._make_tensors(), None
+        for fqn, saved in self._states.items():
+            self._homes[fqn].take(tensors[fqn], saved.notes)
 
-def _open_states(checkpoint: Checkpoint, layer: LayerRecord) -> _SavedLayer:
-    """Optimizer state of each parameter of a layer that has some, in its codes if it has those."""
-    if layer.encoding is not None:
-        codes, held = _open_codes(checkpoint, layer, layer.encoding)
-        # Masters may be relative to weights; whether or not they are, a later save links the optimizer file.
-        has_weights = any(stored.base == "rounded" for stored in held.states.values())
-        files, packed = _open_plain(checkpoint, layer, held, has_weights=has_weights, has_state=True)
-        metas, notes = {key: stored.meta for key, stored in held.states.items()}, held.notes
-        return _SavedLayer(
-            states=_by_parameter(metas, notes, checkpoint, layer, codes.path),
-            read=lambda targets, install: CodedLayer(
-                layer=layer.name,
-                codes=codes,
-                stored={**held.weights, **held.states},
-                packed=packed,
-                plain=files,
-                find_targets=targets,
-                install=install,
-            ),
-        )
-    files, packed = _open_plain(checkpoint, layer, None, has_weights=False, has_state=True)
-    file = files[-1]
-    text = file.header.metadata.get(NOTES_KEY)
-    of_file = parse_object(text.encode(), what="notes of an optimizer file", path=file.path) if text else {}
+    def _make_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        with self._making:
+            if self._tensors is None:
+                self._tensors = {fqn: self._homes[fqn].make_tensors(saved) for fqn, saved in self._states.items()}
+            return self._tensors
 
-    def read(targets: Callable[[], Tensors], install: Callable[[Tensors], None]) -> LayerReading:
-        if not packed:
-            return PlainFile(layer=layer.name, file=file, find_targets=targets, install=install)
-        return CodedLayer(
-            layer=layer.name,
-            codes=None,
-            stored={},
-            packed=packed,
-            plain=files,
-            find_targets=targets,
-            install=install,
-        )
-
-    metas = state_metas(file.header, packed)
-    return _SavedLayer(states=_by_parameter(metas, of_file, checkpoint, layer, file.path), read=read)
+    def _find_targets(self) -> Targets:
+        return {
+            state_key(fqn, leaf): [_target_of(tensor)]
+            for fqn, tensors in self._make_tensors().items()
+            for leaf, tensor in tensors.items()
+        }
 
 
-def _by_parameter(
-    metas: Mapping[str, TensorMeta],
-    notes: Mapping[str, Any],
-    checkpoint: Checkpoint,
-    layer: LayerRecord,
-    path: Path,
-) -> Mapping[str, _SavedState]:
-    fqns = {tensor.fqn for tensor in checkpoint.manifest.tensors if tensor.layer == layer.name}
-    metas_of: dict[str, dict[str, TensorMeta]] = defaultdict(dict)
-    notes_of: dict[str, dict[str, Any]] = defaultdict(dict)
-    for name in [*metas, *notes]:
-        fqn, leaf = split_state_key(name)
-        if fqn not in fqns:
-            raise FormatError(
-                "an optimizer file holds state of a parameter that is not of its layer",
-                kind="schema",
-                path=path,
-                fqn=name,
-            )
-        if name in metas:
-            metas_of[fqn][leaf] = metas[name]
-        if name in notes:
-            notes_of[fqn][leaf] = notes[name]
-    return {
-        fqn: _SavedState(metas=metas_of[fqn], notes=notes_of[fqn]) for fqn in sorted(metas_of.keys() | notes_of.keys())
-    }
+def read_saved_states(checkpoint: Checkpoint) -> dict[str, SavedState]:
+    """Which optimizer state a checkpoint holds: by fqn, of each parameter that has some. Reads headers alone.
+
+    Raises:
+        FormatError: A file does not hold the state of its layer, or its parts do not make up a tensor.
+        IntegrityError, NotFoundError: A file has another size, or is gone.
+    """
+    return {fqn: each for layer in _open_layers(checkpoint) for fqn, each in states_by_parameter(layer).items()}
+
+
+def plan_targets(checkpoint: Checkpoint, targets: Targets) -> Load:
+    """Check that a checkpoint can fill memory that is not a model's or an optimizer's; changes nothing.
+
+    For callers with buffers of their own (DeepSpeed's flat partitions). Files without anything for them are not read.
+
+    Args:
+        checkpoint: Where from; its layers may be whole, in parts, or in codes.
+        targets: By name in the files: fqn for a weight or buffer (not a tied one), ``state.<fqn>.<leaf>`` for state, as
+            ``read_saved_states`` lists it. Element types are as saved: nothing is cast.
+
+    Returns:
+        ``fill`` fills the targets.
+
+    Raises:
+        IncompleteError: The checkpoint has no such tensor.
+        IncompatibleError: A target is of another element type or whole shape.
+        FormatError: A file does not hold its layer, or its parts do not make up a tensor.
+        IntegrityError, NotFoundError: A file has another size, or is gone.
+    """
+    layer_of = {tensor.fqn: tensor.layer for tensor in checkpoint.manifest.tensors if tensor.tied_to is None}
+    weights: dict[str, dict[str, Sequence[Target]]] = defaultdict(dict)
+    states: dict[str, dict[str, Sequence[Target]]] = defaultdict(dict)
+    for name, each in targets.items():
+        is_weight = name in layer_of
+        fqn = name if is_weight else split_state_key(name)[0]
+        if fqn not in layer_of:
+            raise _no_such_tensor(checkpoint, name)
+        if each:
+            (weights if is_weight else states)[layer_of[fqn]][name] = each
+    of_model: list[LayerReading] = []
+    of_optimizers: list[LayerReading] = []
+    for layer in checkpoint.manifest.layers:
+        for wanted, open_layer, readings in (
+            (weights[layer.name], open_weights, of_model),
+            (states[layer.name], open_states, of_optimizers),
+        ):
+            if wanted:
+                readings += _readings_of(checkpoint, open_layer(checkpoint, layer), wanted)
+    live = tuple(target.tensor for each in targets.values() for target in each)
+    return Load(checkpoint=checkpoint, layers=_join(of_model, of_optimizers), begin=lambda: None, live=live)
+
+
+def _readings_of(checkpoint: Checkpoint, saved: SavedTensors, targets: Targets) -> Iterable[LayerReading]:
+    for name, each in targets.items():
+        if name not in saved.metas:
+            raise _no_such_tensor(checkpoint, name)
+        for target in each:
+            found = TensorMeta(dtype=meta_of(target.tensor).dtype, shape=target.shard.shape)
+            if found != saved.metas[name]:
+                raise IncompatibleError(
+                    "what a tensor is to be loaded into is of another element type or shape",
+                    kind="other-tensor",
+                    path=checkpoint.path,
+                    layer=saved.layer,
+                    fqn=name,
+                    expected=f"{saved.metas[name]}, as saved",
+                    found=str(found),
+                )
+    return saved.plan(_wanted(targets), lambda: targets, lambda: None)
+
+
+def _no_such_tensor(checkpoint: Checkpoint, name: str) -> IncompleteError:
+    return IncompleteError(
+        "the checkpoint has no such tensor",
+        kind="missing-tensor",
+        path=checkpoint.path,
+        fqn=name,
+        expected="the fqn of a weight, or state.<fqn>.<leaf> of optimizer state",
+    )

@@ -10,7 +10,16 @@ import torch
 from .errors import UnsupportedError
 from .shards import Shard, whole_shard
 
-__all__ = ["LocalPart", "Seat", "describe_cut", "local_part", "make_like"]
+__all__ = [
+    "LocalPart",
+    "Seat",
+    "describe_cut",
+    "detach_part",
+    "is_dtensor",
+    "local_part",
+    "make_like",
+    "memory_of",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +49,44 @@ class LocalPart:
     """This rank is the first of those that hold these elements. Of a tensor that is not sharded: always."""
 
 
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """True for a tensor that ``torch.distributed`` spreads over ranks, or knows to be the same on all."""
+    # By name: training without torch.distributed must not import what a DTensor needs. What a subclass adds is unknown.
+    kind = type(tensor)
+    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed.tensor")
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies in this process, as a plain tensor in the same memory; itself if it is plain.
+
+    Cheap, and checks nothing; which elements these are says ``local_part``.
+    """
+    if not is_dtensor(tensor):
+        return tensor
+    # The memory itself: ``to_local`` would make a view with a history, and a new one each time.
+    local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+    # Of a tensor without elements no rank holds a shard, so all hold the whole.
+    return local if tensor.numel() else local.detach().reshape(tensor.shape)
+
+
+def detach_part(tensor: torch.Tensor) -> torch.Tensor:
+    """As ``tensor.detach()``: shares memory with the tensor, and what counts its changes.
+
+    Of a ``DTensor`` torch shares the counter of the whole alone, which its own operations raise; what writes to the
+    part here raises the part's.
+    """
+    view = tensor.detach()
+    if is_dtensor(tensor):
+        view._local_tensor = tensor._local_tensor.detach()  # type: ignore[attr-defined]
+    return view
+
+
 def local_part(tensor: torch.Tensor) -> LocalPart:
     """What of a tensor is here; called on any rank, talks to none.
+
+    All ranks are taken to hold the same tensors, so that those outside of a tensor's mesh have replicas of it: of norms
+    that are sharded over the ``dp`` dim of a ``dp`` x ``tp`` mesh each ``tp`` rank has a copy. The mesh that rank 0 is
+    in holds the first.
 
     Args:
         tensor: Plain, or a ``DTensor`` whose placements are shards and replicas.
@@ -52,8 +97,8 @@ def local_part(tensor: torch.Tensor) -> LocalPart:
     Source: torch 2.13, distributed/tensor/_utils.py (compute_local_shape_and_global_offset, which
         distributed/checkpoint/planner_helpers.py uses for the same end).
     """
-    if not _is_dtensor(tensor):
-        return LocalPart(tensor=tensor, shard=whole_shard(tensor.shape), is_sharded=False, is_first=True)
+    if not is_dtensor(tensor) or not tensor.numel():
+        return LocalPart(tensor=memory_of(tensor), shard=whole_shard(tensor.shape), is_sharded=False, is_first=True)
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -65,18 +110,22 @@ def local_part(tensor: torch.Tensor) -> LocalPart:
             expected="placements Shard and Replicate",
             found=str(tensor.placements),
         )
-    # The memory itself: ``to_local`` would make a view with a history, and a new one each time.
-    local = tensor._local_tensor
-    coordinate = tensor.device_mesh.get_coordinate()
+    local = memory_of(tensor)
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
     shape = tuple(tensor.shape)
-    sizes, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-    is_here = coordinate is not None and tuple(sizes) == tuple(local.shape)
-    if math.prod(local.shape) and not is_here:
+    sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, tensor.placements)
+    cuts = zip(mesh.shape, tensor.placements, strict=True)
+    is_sharded = any(size > 1 and not placement.is_replicate() for size, placement in cuts)
+    # FSDP2 cuts what tensor parallelism has cut before; where neither divides the dim, torch 2.13 does not know where
+    # the pieces are, and its sizes are wrong on some of the ranks. A rank outside of the mesh holds nothing.
+    is_fit = is_sharded if coordinate is None else tuple(sizes) == tuple(local.shape)
+    if not is_fit:
         raise UnsupportedError(
             "what a rank holds of a sharded tensor is no box of it",
             kind="tensor-kind",
             expected=f"{tuple(sizes)} of {shape}",
-            found=f"{tuple(local.shape)}, by {tensor.placements} over {tensor.device_mesh}",
+            found=f"{tuple(local.shape)}, by {tensor.placements} over {mesh}",
         )
     if not math.prod(local.shape):  # an offset past the end is what torch says of a rank that holds nothing
         sizes, offsets = (0,) * len(shape), (0,) * len(shape)
@@ -89,14 +138,14 @@ def local_part(tensor: torch.Tensor) -> LocalPart:
     return LocalPart(
         tensor=local,
         shard=Shard(shape=shape, offsets=tuple(offsets), sizes=tuple(sizes)),
-        is_sharded=any(not placement.is_replicate() for placement in tensor.placements),
-        is_first=is_first,
+        is_sharded=is_sharded,
+        is_first=not is_sharded or (is_first and bool((mesh.mesh == 0).any())),
     )
 
 
 def describe_cut(tensor: torch.Tensor) -> str | None:
-    """How a tensor is cut, in words that are the same on every rank; None if it is not."""
-    if not _is_dtensor(tensor):
+    """How a tensor lies over its mesh, in words that are the same on every rank; None if it is plain."""
+    if not is_dtensor(tensor):
         return None
     from torch.distributed.tensor import DTensor
 
@@ -109,7 +158,7 @@ def make_like(model: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
     Talks to no other rank, so it says nothing of what those hold.
     """
-    if not _is_dtensor(model):
+    if not is_dtensor(model):
         return local
     from torch.distributed.tensor import DTensor
 
@@ -117,8 +166,3 @@ def make_like(model: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(
         local, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=model.stride()
     )
-
-
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    # Training without torch.distributed must not import what a DTensor needs.
-    return any(each.__name__ == "DTensor" for each in type(tensor).__mro__)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .errors import IncompatibleError, UnsupportedError
 from .layers import LayerMap, map_module, named_tensors
+from .local_parts import is_dtensor, memory_of
 from .manifest import TensorRecord
 from .tensor_bytes import meta_of
 
@@ -23,7 +26,7 @@ class ModelState:
     records: tuple[TensorRecord, ...]
     """The schema, in model order; tied names included."""
     tensors: Mapping[str, torch.Tensor]
-    """fqn -> the live tensor (no copy); tied names left out."""
+    """fqn -> the live tensor (no copy), which may be a ``DTensor``; tied names left out."""
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """fqn and parameter, ties left out, in model order."""
@@ -45,17 +48,20 @@ def read_model(
 ) -> ModelState:
     """Read the schema and the live tensors of a model; copies nothing.
 
+    What FSDP2 has left gathered after a forward is let go of, as by its ``state_dict``: the optimizer knows the shards.
+
     Args:
         module: The bare model (unwrapped from DistributedDataParallel); ``torch.compile`` wrappers are seen through.
         split_experts: As in ``layers.map_module``.
         overrides: As in ``layers.map_module``.
 
     Raises:
-        UnsupportedError: A tensor is no plain dense tensor (a subclass, sparse, on the meta device), a module has
-            ``get_extra_state``, or there is nothing to save.
+        UnsupportedError: A tensor is neither plain and dense (but a subclass, sparse, on the meta device) nor a
+            ``DTensor`` of such parts; a module has ``get_extra_state``, or is FSDP1's; or there is nothing to save.
     """
+    _reshard(module)
+    _refuse_modules(module)
     layers = map_module(module, split_experts=split_experts, overrides=overrides)
-    _refuse_extra_state(module)
     trained_only = is_adapted(module)
     records: list[TensorRecord] = []
     tensors: dict[str, torch.Tensor] = {}
@@ -105,6 +111,7 @@ class ModelReader:
 
     def read(self, module: torch.nn.Module) -> ModelState:
         """As ``read_model``; the same object as long as nothing changed."""
+        _reshard(module)
         modules, tensors = _fingerprint(module)
         if self._state is None or modules != self._modules or tensors != self._tensors:
             self._state = read_model(module, split_experts=self._split_experts, overrides=self._overrides)
@@ -128,12 +135,36 @@ def _fingerprint(module: torch.nn.Module) -> tuple[list[object], list[object]]:
         for tensor in (*parameters.values(), *buffers.values()):
             if tensor is not None:
                 tensors.append((id(tensor), tensor.shape, tensor.dtype, tensor.requires_grad))
+                if is_dtensor(tensor):
+                    tensors.append((memory_of(tensor).shape, tensor.placements))  # type: ignore[attr-defined]
     return modules, tensors
 
 
-def _refuse_extra_state(module: torch.nn.Module) -> None:
+def _reshard(module: torch.nn.Module) -> None:
+    """Have FSDP2 put its sharded parameters back where it left gathered ones.
+
+    Source: torch 2.13, distributed/fsdp/_fully_shard/_fully_shard.py (FSDPModule.reshard; the root, and what was told
+        so, stays gathered after a forward), _fsdp_param_group.py (_register_state_dict_hooks).
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # whoever shards has imported it
+    if fsdp is not None:
+        for owner in module.modules():
+            if isinstance(owner, fsdp.FSDPModule):
+                owner.reshard()
+
+
+def _refuse_modules(module: torch.nn.Module) -> None:
     """Source: torch 2.13, nn/modules/module.py (get_extra_state): what a module adds to its ``state_dict``."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     for name, owner in module.named_modules():
+        if fsdp is not None and isinstance(owner, fsdp.FullyShardedDataParallel):
+            raise UnsupportedError(
+                "a module is sharded by FSDP1, whose parameters do not say what they are parts of",
+                kind="fsdp1",
+                fqn=name,
+                found=type(owner).__qualname__,
+                expected="torch.distributed.fsdp.fully_shard, known as FSDP2",
+            )
         if type(owner).get_extra_state is not torch.nn.Module.get_extra_state:
             raise UnsupportedError(
                 "a module keeps extra state that is neither a parameter nor a buffer",

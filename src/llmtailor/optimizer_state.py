@@ -25,9 +25,10 @@ import torch
 from torch.optim import Optimizer
 
 from .errors import IncompatibleError, UnsupportedError
+from .local_parts import describe_cut, is_dtensor, local_part, make_like, memory_of
 from .optimizer_values import decode_option, encode_option, flatten_state, restore_state
 from .state_tree import Note
-from .tensor_bytes import why_not_plain
+from .tensor_bytes import why_not_stored
 
 __all__ = [
     "ParameterGroup",
@@ -55,7 +56,7 @@ class ParameterState:
     """What an optimizer remembers of one parameter."""
 
     tensors: Mapping[str, torch.Tensor]
-    """By leaf (``exp_avg``, ``quant/codes``); views of the optimizer's own, on their devices."""
+    """By leaf (``exp_avg``, ``quant/codes``); views of the optimizer's own, on their devices; may be a ``DTensor``."""
     notes: Mapping[str, Note]
     """By leaf, JSON: what tensors cannot say, see ``optimizer_values``."""
 
@@ -200,7 +201,8 @@ def _is_same(values: Mapping[str, object], known: Mapping[str, object], state: P
         kept = state.tensors.get(name)
         if value is not known.get(name) or kept is None or not isinstance(value, torch.Tensor):
             return False
-        if kept.data_ptr() != value.data_ptr() or kept.shape != value.shape or kept.dtype is not value.dtype:
+        before, now = memory_of(kept), memory_of(value)
+        if before.data_ptr() != now.data_ptr() or before.shape != now.shape or before.dtype is not now.dtype:
             return False
     return True
 
@@ -261,7 +263,7 @@ def update_count(state: ParameterState) -> int | None:
     Waits for the device where ``step`` is there (fused, capturable).
     """
     step = state.tensors.get("step")
-    return int(step.item()) if step is not None and step.numel() == 1 else None
+    return int(memory_of(step).item()) if step is not None and step.numel() == 1 else None
 
 
 def load_groups(optimizer: Optimizer, names: ParameterNames, groups: Sequence[ParameterGroup]) -> None:
@@ -316,7 +318,8 @@ def load_parameter_state(
         optimizer: ``load_groups`` has set its options, which decide where ``step`` belongs.
         parameter: One of its parameters.
         fqn: Its name.
-        tensors: By leaf; any device; copied. No leaf and no note: the parameter has no state.
+        tensors: By leaf; any device; copied. No leaf and no note: the parameter has no state. Of a leaf that is cut as
+            its parameter is: the whole, or a ``DTensor`` that is cut alike.
         notes: By leaf.
         is_placed: The tensors are of ``new_state_tensor`` and become the optimizer's own, without a copy.
 
@@ -327,7 +330,9 @@ def load_parameter_state(
     def place(leaf: str, tensor: torch.Tensor) -> torch.Tensor:
         if is_placed:
             return tensor
-        return new_state_tensor(optimizer, parameter, leaf, tensor.shape, tensor.dtype).copy_(tensor.detach())
+        target = new_state_tensor(optimizer, parameter, leaf, tensor.shape, tensor.dtype)
+        _fill(target, tensor.detach())
+        return target
 
     state = restore_state(tensors, notes, fqn, place)
     if state:
@@ -336,18 +341,31 @@ def load_parameter_state(
         optimizer.state.pop(parameter, None)
 
 
+def _fill(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor into another of the same shape, or what of it is here; talks to no other rank."""
+    part = local_part(target)
+    if is_dtensor(source):
+        assert describe_cut(source) == describe_cut(target), (describe_cut(source), describe_cut(target))
+        memory_of(target).copy_(memory_of(source))
+    elif part.shard.is_whole:
+        memory_of(target).copy_(source)
+    else:
+        pairs = zip(part.shard.offsets, part.shard.sizes, strict=True)
+        part.tensor.copy_(source[tuple(slice(start, start + size) for start, size in pairs)])
+
+
 def new_state_tensor(
     optimizer: Optimizer, parameter: torch.Tensor, leaf: str, shape: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
     """Memory for a tensor of a parameter's state, where and as torch would keep it; its values are arbitrary.
 
-    Any thread may call it.
+    Any thread may call it. What has the shape of a ``DTensor`` parameter is one itself, and cut alike.
 
     Args:
         optimizer: ``load_groups`` has set its options.
         parameter: One of its parameters.
         leaf: Name in the state.
-        shape: Of the tensor.
+        shape: Of the whole tensor.
         dtype: Of the tensor.
 
     Source:
@@ -357,8 +375,9 @@ def new_state_tensor(
     stays = leaf == "step" and not _steps_on_device(optimizer, parameter)
     device = torch.device("cpu") if stays else parameter.device
     # Laid out as torch makes it (zeros_like), for kernels are fastest and sums the same where strides are the same.
-    if tuple(shape) == tuple(parameter.shape) and why_not_plain(parameter) is None:
-        return torch.empty_like(parameter, dtype=dtype, device=device, requires_grad=False)
+    if tuple(shape) == tuple(parameter.shape) and why_not_stored(parameter) is None:
+        local = torch.empty_like(memory_of(parameter), dtype=dtype, device=device, requires_grad=False)
+        return local if leaf == "step" else make_like(parameter, local)
     return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 

@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from .errors import FormatError, UnsupportedError
+from .local_parts import detach_part
 from .state_tree import MAX_DEPTH, NUMBERS, Note, assemble, escape, require_number
-from .tensor_bytes import dtype_name, meta_of, torch_dtype, why_not_plain
+from .tensor_bytes import dtype_name, meta_of, torch_dtype, why_not_plain, why_not_stored
 from .tensors import TensorMeta
 
 __all__ = ["check_leaves", "decode_option", "encode_option", "flatten_state", "restore_state"]
@@ -40,7 +41,8 @@ def flatten_state(state: Mapping[Any, object], fqn: str) -> tuple[dict[str, torc
 
     Returns:
         Leaves and notes by path. A path is the state's name, with the keys and indices below it joined by ``/``;
-        ``%``, ``/`` and ``.`` within a name are percent-encoded. Tensors are views (no copy), on their own devices.
+        ``%``, ``/`` and ``.`` within a name are percent-encoded. Tensors are views (no copy), on their own devices; of
+        a ``DTensor`` one of the same kind.
 
     Raises:
         UnsupportedError: A value is neither of these nor a plain tensor; names the path and the type.
@@ -49,10 +51,10 @@ def flatten_state(state: Mapping[Any, object], fqn: str) -> tuple[dict[str, torc
     notes: dict[str, Note] = {}
     for path, value in _walk("", dict(state), fqn):
         if isinstance(value, torch.Tensor):
-            reason = why_not_plain(value)
+            reason = why_not_stored(value)
             if reason is not None:
                 raise _refuse(path, fqn, reason)
-            leaves[path] = value.detach()
+            leaves[path] = detach_part(value)
             continue
         notes[path] = _note_of(path, value, fqn)
         if isinstance(value, bool | int | float):
@@ -105,7 +107,7 @@ def _refuse(path: str, fqn: str, found: str) -> UnsupportedError:
         f"cannot save the optimizer's state {path!r}: there is no exact form of it in a file yet",
         kind="optimizer-state-type",
         fqn=fqn,
-        expected="a plain tensor, int, float, bool, str, None, or dict, list or tuple of these",
+        expected="a plain tensor, DTensor, int, float, bool, str, None, or dict, list or tuple of these",
         found=found,
     )
 

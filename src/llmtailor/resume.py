@@ -3,6 +3,9 @@
     find_resumable                  reads every byte of a candidate, then says which it is
     load_resumable, load_named      load it while it is read, so that nothing is read twice
 
+On several ranks all come to one answer: the coordinator looks for candidates, every rank loads what it needs of one,
+and what is bad on one is bad for all (see ``resume_together``).
+
 A candidate that cannot be loaded is read again, whole, and only what does not verify is set aside: whatever is wrong
 with one that does is the user's to know.
 """
@@ -26,7 +29,9 @@ from .errors import (
 )
 from .load import say_partly_loaded
 from .manifest import MANIFEST_NAME, FileRecord, Manifest
+from .meeting import Meeting, Outcome
 from .progress import show_reading
+from .resume_together import follow_search, lead_search
 from .storage import (
     CheckpointEntry,
     RunDirectory,
@@ -44,7 +49,11 @@ Fill: TypeAlias = Callable[[Callable[[FileRecord], None]], None]
 
 
 def find_resumable(
-    runs: RunDirectory | Sequence[RunDirectory], *, consistent: bool = False, max_rollback_steps: int | None = None
+    runs: RunDirectory | Sequence[RunDirectory],
+    *,
+    consistent: bool = False,
+    max_rollback_steps: int | None = None,
+    meeting: Meeting = Meeting(None),  # noqa: B008
 ) -> Checkpoint | None:
     """The newest checkpoint of a run that verifies, every byte of it.
 
@@ -56,6 +65,7 @@ def find_resumable(
             Of those after the first only checkpoints of the first one's run are taken.
         consistent: Take only a checkpoint whose layers are all of one step, exactly.
         max_rollback_steps: Refuse to fall further back than this behind the newest checkpoint ever published.
+        meeting: The ranks that are to agree; the coordinator reads for all.
 
     Returns:
         None if there is no checkpoint of ours at all.
@@ -66,6 +76,8 @@ def find_resumable(
         FormatError: A newer program wrote the newest (kind ``format-version``); it was left alone.
         OSError: The device failed (``EIO``) or this process may not read; nothing was renamed for that.
     """
+    if not meeting.is_coordinator:
+        return follow_search(meeting, lambda found: None)
     search = _Search(runs, consistent=consistent, max_rollback_steps=max_rollback_steps)
 
     def examine(found: Checkpoint) -> str | None:
@@ -74,7 +86,7 @@ def find_resumable(
             search.check_rollback(found)
         return reason
 
-    return search.take(examine)
+    return lead_search(meeting, search.take, examine)
 
 
 def load_resumable(
@@ -83,6 +95,7 @@ def load_resumable(
     *,
     consistent: bool = False,
     max_rollback_steps: int | None = None,
+    meeting: Meeting = Meeting(None),  # noqa: B008
 ) -> Checkpoint | None:
     """Load the newest checkpoint of a run that verifies; one that does not is set aside, and the next loaded over it.
 
@@ -93,6 +106,7 @@ def load_resumable(
         plan: Checks a candidate and changes nothing; what it returns then loads it. Its small files were verified.
         consistent: As for ``find_resumable``.
         max_rollback_steps: As for ``find_resumable``.
+        meeting: The ranks that are to agree; each loads what it needs.
 
     Returns:
         The one that was loaded; None if there is no checkpoint of ours at all.
@@ -102,43 +116,61 @@ def load_resumable(
             candidate was loaded in part before that, the hint says that the live values are not to be used.
         OSError: As ``find_resumable``; the same is said in a note.
     """
-    search = _Search(runs, consistent=consistent, max_rollback_steps=max_rollback_steps)
+    search = None
+    if meeting.is_coordinator:
+        search = _Search(runs, consistent=consistent, max_rollback_steps=max_rollback_steps)
     is_spoiled = False
 
     def examine(found: Checkpoint) -> str | None:
         nonlocal is_spoiled
         try:
-            search.check_rollback(found)
+            if search is not None:
+                search.check_rollback(found)
             fill = _plan(found, plan)
             is_spoiled = True
             _fill(found, fill)
         except TailorError as err:
-            reason = search.find_damage(found)
+            reason = search.find_damage(found) if search is not None else _find_damage(found)
             if reason is None and not isinstance(err, IntegrityError):
                 raise
             return reason or f"{Path(err.path or found.path).name}: {err.what}"
         return None
 
     try:
-        return search.take(examine)
+        return follow_search(meeting, examine) if search is None else lead_search(meeting, search.take, examine)
     except Exception as err:
         if is_spoiled:
             say_partly_loaded(err)
         raise
 
 
-def load_named(path: Path, plan: Callable[[Checkpoint], Fill]) -> Checkpoint:
+def load_named(
+    path: Path,
+    plan: Callable[[Checkpoint], Fill],
+    meeting: Meeting = Meeting(None),  # noqa: B008
+) -> Checkpoint:
     """Load the checkpoint the user named; if it does not verify it is refused, not replaced by another.
 
     Args:
         path: Its directory.
         plan: As for ``load_resumable``.
+        meeting: The ranks that load it; if one cannot, none has.
 
     Raises:
         NotFoundError: It is not a checkpoint of ours.
         IntegrityError: It does not verify; the hint says so if live values were overwritten before that was found.
         TailorError: What ``plan`` raises of a checkpoint that verifies.
     """
+    try:
+        found = _load_named(path, plan)
+    except BaseException as err:
+        meeting.agree(Outcome(error=err))
+        raise
+    meeting.agree(Outcome())
+    return found
+
+
+def _load_named(path: Path, plan: Callable[[Checkpoint], Fill]) -> Checkpoint:
     found = open_checkpoint(path)
     is_spoiled = False
     try:
@@ -157,16 +189,29 @@ def load_named(path: Path, plan: Callable[[Checkpoint], Fill]) -> Checkpoint:
     return found
 
 
-def open_resumable(path: Path) -> Checkpoint:
+def open_resumable(
+    path: Path,
+    meeting: Meeting = Meeting(None),  # noqa: B008
+) -> Checkpoint:
     """Open the checkpoint the user named; if it does not verify it is refused, not replaced by another.
+
+    Args:
+        path: Its directory.
+        meeting: The ranks that open it; the coordinator reads for all.
 
     Raises:
         NotFoundError: It is not a checkpoint of ours.
         IntegrityError: It does not verify.
         FormatError: Its manifest is of another version.
     """
-    checkpoint = open_checkpoint(path)
-    _verify(checkpoint).raise_if_bad()
+    try:
+        checkpoint = open_checkpoint(path)
+        if meeting.is_coordinator:
+            _verify(checkpoint).raise_if_bad()
+    except BaseException as err:
+        meeting.agree(Outcome(error=err))
+        raise
+    meeting.agree(Outcome())
     return checkpoint
 
 
@@ -184,6 +229,11 @@ def _fill(found: Checkpoint, fill: Fill) -> None:
 def _verify(checkpoint: Checkpoint, digests: dict[FileState, str] | None = None) -> VerifyReport:
     with show_reading(f"verify {checkpoint.path.name}", lambda: checkpoint.manifest.nbytes) as on_file:
         return verify_checkpoint(checkpoint.path, on_file=on_file, digests=digests)
+
+
+def _find_damage(found: Checkpoint, digests: dict[FileState, str] | None = None) -> str | None:
+    problems = _verify(found, digests).problems
+    return "; ".join(f"{problem.path}: {problem.detail}" for problem in problems[:10]) or None
 
 
 class _Search:
@@ -264,8 +314,7 @@ class _Search:
 
     def find_damage(self, found: Checkpoint) -> str | None:
         """Read every byte; None if it is what was published."""
-        problems = _verify(found, self._digests).problems
-        return "; ".join(f"{problem.path}: {problem.detail}" for problem in problems[:10]) or None
+        return _find_damage(found, self._digests)
 
     def check_rollback(self, found: Checkpoint) -> None:
         """Refuse a candidate that is too far back.

@@ -12,11 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .codecs import Deviation, Rest
-from .errors import WriteError
-from .layers import Layer, file_stem
+from .errors import UnsupportedError, WriteError
+from .layers import Layer, file_stem, part_suffix
 from .live_state import LiveLayers
-from .manifest import EncodingRecord, ErrorRecord, FileRecord, LayerRecord, Manifest, OptimizerRecord, TensorRecord
+from .local_parts import Seat
+from .manifest import (
+    EncodingRecord,
+    ErrorRecord,
+    FileRecord,
+    LayerRecord,
+    Manifest,
+    OptimizerRecord,
+    PartRecord,
+    TensorRecord,
+)
 from .strategies import CODED, NO_BASE, NO_GAIN, Choice, LayerStatus, SaveContext, Strategy, choose_layers
+from .votes import digest_choice
 from .writer import CodedImage, LayerImage, WrittenCodes, WrittenLayer, code_layer
 
 __all__ = ["Contents", "SavePlan", "encode_index", "plan_save"]
@@ -42,7 +53,16 @@ class SavePlan:
     images: tuple[LayerImage | CodedImage, ...]
     """Of the layers that are written, exactly or as codes; held, see ``LayerImage.hold``."""
     previous: Mapping[str, LayerRecord]
-    """Layer -> its record in the checkpoint before, where its files can be linked."""
+    """Layer -> its record in the checkpoint before, where that can be linked; with this rank's files alone."""
+    kept: frozenset[str]
+    """Layers that no rank writes."""
+    seat: Seat
+    layout: str | None
+    """Digest of how tensors are cut over ranks; None if none is."""
+    choice: str
+    """Digest of what is to be written, which must be the same on every rank."""
+    has_whole_weights: bool
+    """Every layer's weights are in one file, which stock tools read."""
 
     @property
     def nbytes(self) -> int:
@@ -61,11 +81,11 @@ class SavePlan:
         A save may be planned while the one before is in flight. When its turn to be committed comes, that one is
         published, or it failed: then layers which were to be linked from it are linked from the one before.
         """
-        records = {} if parent is None else {layer.name: layer for layer in parent.layers}
+        records = {} if parent is None else _restrict_layers(parent, self.layers, self.seat)
         return replace(self, previous={layer: records[layer] for layer in self.previous if layer in records})
 
-    def links(self, written: Mapping[str, WrittenLayer]) -> tuple[FileRecord, ...]:
-        """Files that are taken over: of layers that are not written, and plain ones that codes lie beside.
+    def links(self, written: Mapping[str, WrittenLayer]) -> tuple[tuple[str, FileRecord], ...]:
+        """Files that are taken over, and their layers: of those not written, and plain ones that codes lie beside.
 
         Args:
             written: Layer -> the files it was written to; exactly the layers of ``images``.
@@ -73,13 +93,15 @@ class SavePlan:
         Raises:
             WriteError: A layer that is not written, or what its codes are relative to, is in no checkpoint.
         """
-        linked: list[FileRecord] = []
+        linked: list[tuple[str, FileRecord]] = []
         for layer in self.layers:
             each = written.get(layer.name)
-            if each is None:
-                linked += self._previous_of(layer.name).files
-            elif each.weights is None:
-                linked += self._base_of(layer.name, each).plain_files
+            files: tuple[FileRecord, ...] = ()
+            if layer.name in self.kept:
+                files = self._previous_of(layer.name).files
+            elif each is not None and each.codes is not None and each.weights is None:
+                files = self._base_of(layer.name, each).plain_files
+            linked += [(layer.name, file) for file in files]
         return tuple(linked)
 
     def record_layers(self, written: Mapping[str, WrittenLayer]) -> tuple[LayerRecord, ...]:
@@ -97,13 +119,14 @@ class SavePlan:
         )
 
     def _record(self, layer: Layer, choice: Choice, written: WrittenLayer | None) -> LayerRecord:
-        if written is None:
+        if layer.name in self.kept:
             return self._previous_of(layer.name).model_copy(update={"reason": choice.reason})
-        codes = written.codes
-        encoding = None if codes is None else self._record_codes(codes, written.update_count)
-        if written.weights is None:
+        codes = None if written is None else written.codes
+        encoding = None if written is None or codes is None else self._record_codes(codes, written.update_count)
+        if written is not None and encoding is not None and written.weights is None:
             update = {"reason": CODED, "encoding": encoding}
             return self._base_of(layer.name, written).model_copy(update=update)
+        weights, optimizer, part = self._place(written)
         return LayerRecord(
             name=layer.name,
             kind=layer.kind.value,
@@ -111,13 +134,25 @@ class SavePlan:
             index=layer.index,
             step=self.step,
             save_index=self.save_index,
-            update_count=written.update_count if codes is None else None,
-            reason=CODED if codes is not None else written.reason or choice.reason,
+            update_count=written.update_count if written is not None and codes is None else None,
+            reason=CODED if codes is not None else (written and written.reason) or choice.reason,
             drift=None,
-            weights=written.weights,
-            optimizer=written.optimizer,
+            weights=weights,
+            optimizer=optimizer,
             encoding=encoding,
+            parts=() if part is None else (part,),
         )
+
+    def _place(self, written: WrittenLayer | None) -> tuple[FileRecord | None, FileRecord | None, PartRecord | None]:
+        """What this rank wrote of a layer: whole files, and its part of those that are spread over ranks."""
+        if written is None:  # another rank did
+            return None, None, None
+        files = (written.weights, written.optimizer)
+        suffix = f"{part_suffix(self.seat.rank)}.safetensors"
+        whole = [None if file is None or file.path.endswith(suffix) else file for file in files]
+        parts = [file if file is not None and file.path.endswith(suffix) else None for file in files]
+        part = PartRecord(rank=self.seat.rank, weights=parts[0], optimizer=parts[1]) if any(parts) else None
+        return whole[0], whole[1], part
 
     def _record_codes(self, codes: WrittenCodes, update_count: int | None) -> EncodingRecord:
         return EncodingRecord(
@@ -163,7 +198,8 @@ def plan_save(
     strategy: Strategy,
     rest: Rest | None,
     parent: Manifest | None,
-    is_linkable: Callable[[FileRecord], bool],
+    is_linkable: Callable[[str, FileRecord], bool],
+    seat: Seat = Seat(),  # noqa: B008
 ) -> SavePlan:
     """Decide one save.
 
@@ -174,12 +210,23 @@ def plan_save(
         strategy: Chooses among the layers; those without earlier files are written anyhow.
         rest: How layers that it does not choose are written as codes; None leaves them as they are.
         parent: The checkpoint before, or None.
-        is_linkable: Whether a file of the parent is still there, unharmed as far as can be seen at once.
+        is_linkable: Whether a file of a layer of the parent is still there, unharmed as far as can be seen at once. On
+            several ranks it must say the same on each.
+        seat: Which rank this is.
 
     Raises:
         InvalidInputError: The strategy names no layer.
+        UnsupportedError: Layers that are spread over ranks are to be coded.
     """
-    previous = {} if parent is None else _find_linkable(parent, live, contents, is_linkable)
+    if rest is not None and live.layout is not None:
+        raise UnsupportedError(
+            "codes of layers that are spread over ranks are not supported yet",
+            kind="sharded-codes",
+            expected='rest="skip"',
+            found=f"rest={rest.text!r}",
+            hint="leave rest out; rest works where every rank holds the whole state (DDP)",
+        )
+    previous = {} if parent is None else _find_linkable(parent, live, contents, is_linkable, seat)
     save_index = 0 if parent is None else parent.save_index + 1
     statuses = tuple(
         LayerStatus(
@@ -187,13 +234,14 @@ def plan_save(
             kind=layer.kind,
             stack=layer.stack,
             index=layer.index,
-            nbytes=live.images[layer.name].nbytes,
+            nbytes=live.nbytes[layer.name],
             saved_step=previous[layer.name].step if layer.name in previous else None,
         )
         for layer in live.layers
     )
     chosen = choose_layers(strategy, SaveContext(step=step, save_index=save_index, layers=statuses))
     planned = [_plan_layer(choice, live, rest, previous) for choice in chosen]
+    kept = frozenset(choice.layer for choice in chosen if not choice.is_saved) if rest is None else frozenset[str]()
     return SavePlan(
         step=step,
         save_index=save_index,
@@ -205,18 +253,36 @@ def plan_save(
         choices=tuple(choice for choice, _ in planned),
         images=tuple(image for _, image in planned if image is not None),
         previous=previous,
+        kept=kept,
+        seat=seat,
+        layout=live.layout,
+        choice=digest_choice(
+            {
+                "step": step,
+                "save_index": save_index,
+                "contents": contents,
+                "strategy": strategy.text,
+                "rest": None if rest is None else rest.text,
+                "layers": [[each.layer, each.is_saved, each.reason] for each in chosen],
+            }
+        ),
+        has_whole_weights=not any(_has_part_of_weights(image, seat) for image in live.images.values()),
     )
+
+
+def _has_part_of_weights(image: LayerImage, seat: Seat) -> bool:
+    return image.weights is not None and f"{part_suffix(seat.rank)}." in image.weights.name
 
 
 def _plan_layer(
     choice: Choice, live: LiveLayers, rest: Rest | None, previous: Mapping[str, LayerRecord]
 ) -> tuple[Choice, LayerImage | CodedImage | None]:
     """What becomes of a layer, and the image of what is written."""
-    image = live.images[choice.layer]
-    if choice.is_saved:
-        return choice, image.hold()
-    if rest is None:
+    image = live.images.get(choice.layer)
+    if image is None or (rest is None and not choice.is_saved):
         return choice, None
+    if choice.is_saved or rest is None:
+        return choice, image.hold()
     coded = code_layer(image, rest)
     if coded is None:
         return replace(choice, is_saved=True, reason=NO_GAIN), image.hold()
@@ -228,19 +294,41 @@ def _plan_layer(
 
 
 def _find_linkable(
-    parent: Manifest, live: LiveLayers, contents: Contents, is_linkable: Callable[[FileRecord], bool]
+    parent: Manifest,
+    live: LiveLayers,
+    contents: Contents,
+    is_linkable: Callable[[str, FileRecord], bool],
+    seat: Seat,
 ) -> dict[str, LayerRecord]:
-    """Layers of the parent whose files still stand for the same tensors and the same optimizers."""
+    """Layers of the parent whose files still stand for the same tensors, cut alike, and the same optimizers."""
     if parent.contents != contents or [each.name for each in parent.optimizers] != [
         each.name for each in live.optimizers
     ]:
         return {}
+    if parent.world.layout != live.layout:
+        return {}
     now, then = _schema_by_layer(live.tensors), _schema_by_layer(parent.tensors)
     return {
-        layer.name: layer
-        for layer in parent.layers
-        if now.get(layer.name) == then[layer.name] and all(is_linkable(file) for file in layer.files)
+        name: layer
+        for name, layer in _restrict_layers(parent, live.layers, seat).items()
+        if now.get(name) == then[name] and all(is_linkable(name, file) for file in layer.files)
     }
+
+
+def _restrict_layers(parent: Manifest, layers: Sequence[Layer], seat: Seat) -> dict[str, LayerRecord]:
+    """Layers of a checkpoint by name, each with the files that are this rank's to link."""
+    records = {layer.name: layer for layer in parent.layers}
+    if seat.size == 1:
+        return records
+    numbered = ((number, records[layer.name]) for number, layer in enumerate(layers) if layer.name in records)
+    return {record.name: _restrict(record, seat, owns_whole=seat.owns(number)) for number, record in numbered}
+
+
+def _restrict(record: LayerRecord, seat: Seat, *, owns_whole: bool) -> LayerRecord:
+    update: dict[str, object] = {"parts": tuple(part for part in record.parts if part.rank == seat.rank)}
+    if not owns_whole:
+        update |= {"weights": None, "optimizer": None, "encoding": None}
+    return record.model_copy(update=update)
 
 
 def _schema_by_layer(records: Sequence[TensorRecord]) -> dict[str, list[TensorRecord]]:

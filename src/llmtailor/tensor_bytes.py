@@ -1,7 +1,8 @@
 """Which torch tensors are rows of little-endian bytes, as safetensors files hold them, and what such a file calls them.
 
-The bytes of a file are the bytes of memory; nothing is ever cast. Only plain tensors have such bytes;
-``why_not_plain`` says which do not, so that callers refuse them with their own words before anything is written.
+The bytes of a file are the bytes of memory; nothing is ever cast. Only plain tensors have such bytes, and the parts of
+a ``DTensor`` that are plain; ``why_not_plain`` and ``why_not_stored`` say which do not, so that callers refuse them
+with their own words before anything is written.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import sys
 import torch
 
 from .errors import UnsupportedError
+from .local_parts import is_dtensor, memory_of
 from .tensors import DTYPE_BITS, TensorMeta
 
-__all__ = ["dtype_name", "meta_of", "torch_dtype", "why_not_plain"]
+__all__ = ["dtype_name", "meta_of", "torch_dtype", "why_not_plain", "why_not_stored"]
 
 assert sys.byteorder == "little", "safetensors files are little-endian; so must be the memory that is mapped onto them"
 
@@ -71,7 +73,7 @@ _CHOICES = ", ".join(_TORCH_DTYPES)
 def why_not_plain(tensor: torch.Tensor) -> str | None:
     """What keeps a tensor from being a row of bytes, or None if nothing does.
 
-    A subclass (DTensor, torchao's quantized states) may hold several tensors or a part of one, whatever its shape
+    A subclass (torchao's quantized states) may hold several tensors or a part of one, whatever its shape
     says; writing it as if it were plain would lose the rest without a word.
     """
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
@@ -85,18 +87,24 @@ def why_not_plain(tensor: torch.Tensor) -> str | None:
     return None
 
 
+def why_not_stored(tensor: torch.Tensor) -> str | None:
+    """What keeps a tensor from being stored: it is not plain, nor is the part of it that a ``DTensor`` has here."""
+    reason = why_not_plain(memory_of(tensor))
+    return f"a DTensor whose part is {reason}" if reason is not None and is_dtensor(tensor) else reason
+
+
 def meta_of(tensor: torch.Tensor) -> TensorMeta:
-    """Element type and shape of a plain tensor.
+    """Element type and shape of a tensor; of the whole, if it is a ``DTensor``.
 
     Raises:
-        UnsupportedError: The tensor is not plain, see ``why_not_plain``.
+        UnsupportedError: The tensor cannot be stored, see ``why_not_stored``.
     """
-    _require_plain(tensor)
+    _require_stored(tensor)
     return TensorMeta(dtype=_NAMES[tensor.dtype], shape=tuple(tensor.shape))
 
 
-def _require_plain(tensor: torch.Tensor) -> None:
-    reason = why_not_plain(tensor)
+def _require_stored(tensor: torch.Tensor) -> None:
+    reason = why_not_stored(tensor)
     if reason is not None:
         raise UnsupportedError(
             "only plain tensors can be stored", kind="tensor-kind", expected="a plain strided tensor", found=reason

@@ -1,21 +1,131 @@
 """The bytes of a file into live tensors, piece by piece and in any thread.
 
+A file may hold a shard of a tensor, and another shard may be wanted: ``plan_filling`` says which bytes go where.
+
+    the same elements           straight into place
+    a run of bytes for a run    straight into place
+    anything else               gathered in host memory, one tensor at a time, and copied from there
+
 numpy moves what stays in host memory: a torch operation in a thread of ours would start a pool of threads of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
+from .boxes import Box, box_runs, num_runs
+from .shards import Shard, View, find_overlaps
 from .tensors import ByteRange
 
-__all__ = ["FileFiller", "fill_tensor", "host_bytes"]
+__all__ = ["FileFiller", "Spread", "Target", "Targets", "copy_overlaps", "fill_tensor", "host_bytes", "plan_filling"]
 
 # What numpy knows of each size, whatever the elements are.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """Memory to fill, and which part of a tensor belongs there."""
+
+    tensor: torch.Tensor
+    """Plain, of the shape ``shard.sizes``; any device, any strides."""
+    shard: Shard
+
+    def __post_init__(self) -> None:
+        assert tuple(self.tensor.shape) == self.shard.sizes, (self.tensor.shape, self.shard)
+
+
+Targets: TypeAlias = Mapping[str, Sequence[Target]]
+"""By name in a file; coded ones by their key. One tensor may be wanted in several places."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """A shard in a file that goes to several places, or to places that are cut otherwise."""
+
+    dtype: torch.dtype
+    shard: Shard
+    """As it was saved."""
+    targets: Sequence[Target]
+
+
+def plan_filling(
+    byte_range: ByteRange, dtype: torch.dtype, shard: Shard, targets: Sequence[Target]
+) -> list[tuple[ByteRange, torch.Tensor | Spread]]:
+    """Where the bytes of a shard in a file go, as ``FileFiller`` takes it.
+
+    Args:
+        byte_range: Of the shard, in the file.
+        dtype: Of its elements, and of the targets'.
+        shard: As it was saved.
+        targets: Of the same tensor.
+
+    Returns:
+        In file order; nothing if no target has any of its elements.
+    """
+    if len(targets) == 1 and targets[0].shard == shard:
+        return [(byte_range, targets[0].tensor)]
+    found: list[tuple[ByteRange, torch.Tensor]] = []
+    is_direct = True
+    for target in targets:
+        for overlap in find_overlaps(shard, target.shard):
+            run, view = _run_of(overlap.source), _look(target.tensor.detach(), overlap.target)
+            first, numel = (0, shard.numel) if run is None else run
+            start = byte_range.start + first * dtype.itemsize
+            found.append((ByteRange(start=start, end=start + numel * dtype.itemsize), view))
+            is_direct = is_direct and run is not None and view.is_contiguous()
+    found.sort(key=lambda item: item[0].start)
+    is_direct = is_direct and all(one.end <= other.start for (one, _), (other, _) in itertools.pairwise(found))
+    if is_direct or not found:
+        return [*found]
+    return [(byte_range, Spread(dtype=dtype, shard=shard, targets=targets))]
+
+
+def _run_of(view: View) -> tuple[int, int] | None:
+    """First element, in memory, and number of the elements of a view; None if they do not lie end to end."""
+    box = Box(
+        offsets=tuple(each.start for each in view.slices), sizes=tuple(each.stop - each.start for each in view.slices)
+    )
+    if num_runs(view.sizes, box) != 1:
+        return None
+    first, numel = next(box_runs(view.sizes, box))
+    return view.start + first, numel
+
+
+def _look(tensor: torch.Tensor, view: View) -> torch.Tensor:
+    """A box in the memory of a shard; of one that is not contiguous, of a tensor that has its shape."""
+    if tuple(tensor.shape) != view.sizes:  # a run, of which this is a part
+        tensor = tensor[view.start : view.start + math.prod(view.sizes)].view(view.sizes)
+    return tensor[view.slices]
+
+
+def copy_overlaps(source: torch.Tensor, shard: Shard, targets: Sequence[Target]) -> None:
+    """Copy to each target what a shard has of it; version counters are not raised.
+
+    Args:
+        source: [n] in host memory, the elements of the shard.
+        shard: Which those are.
+        targets: Of the same tensor and element type.
+    """
+    for target in targets:
+        for overlap in find_overlaps(shard, target.shard):
+            _copy(_look(source, overlap.source), _look(target.tensor.detach(), overlap.target))
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy within host memory by numpy, elsewhere by torch; one shape and element type."""
+    if target.device.type == "cpu" and not target.is_conj() and not target.is_neg():
+        integers = _INTEGERS[target.element_size()]
+        np.copyto(np.from_dlpack(target.view(integers)), np.from_dlpack(source.view(integers)))
+    else:
+        target.copy_(source)
 
 
 class FileFiller:
@@ -28,10 +138,10 @@ class FileFiller:
             none overlapping; what is between them is passed over. Any device, any strides.
     """
 
-    def __init__(self, targets: Sequence[tuple[ByteRange, torch.Tensor]]) -> None:
+    def __init__(self, targets: Sequence[tuple[ByteRange, torch.Tensor | Spread]]) -> None:
         self._targets = targets
         self._index = 0
-        self._filler: _TensorFiller | None = None
+        self._filler: _TensorFiller | _SpreadFiller | None = None
 
     def put(self, offset: int, piece: memoryview) -> None:
         """Take the next piece.
@@ -42,11 +152,11 @@ class FileFiller:
         """
         end = offset + piece.nbytes
         while self._index < len(self._targets):
-            byte_range, tensor = self._targets[self._index]
+            byte_range, target = self._targets[self._index]
             first, last = max(byte_range.start, offset), min(byte_range.end, end)
             if first < last:
                 if self._filler is None:
-                    self._filler = _TensorFiller(tensor)
+                    self._filler = _SpreadFiller(target) if isinstance(target, Spread) else _TensorFiller(target)
                 self._filler.put(first - byte_range.start, piece[first - offset : last - offset])
             if byte_range.end > end:
                 break
@@ -98,9 +208,18 @@ class _TensorFiller:
 
     def _spread(self) -> None:
         """Give the tensor what was gathered."""
-        if self._tensor.device.type == "cpu" and not self._is_flagged:
-            integers = _INTEGERS[self._tensor.element_size()]
-            gathered = self._flat.view(integers).reshape(self._tensor.shape)
-            np.copyto(np.from_dlpack(self._tensor.view(integers)), gathered.numpy())
-        else:
-            self._tensor.copy_(self._flat.view(self._tensor.dtype).reshape(self._tensor.shape))
+        _copy(self._flat.view(self._tensor.dtype).reshape(self._tensor.shape), self._tensor)
+
+
+class _SpreadFiller:
+    """Takes the bytes of a shard, in order, and copies them to where they are wanted when it has all."""
+
+    def __init__(self, spread: Spread) -> None:
+        self._spread = spread
+        self._memory = torch.empty(spread.shard.numel, dtype=spread.dtype)
+        self._filler = _TensorFiller(self._memory)
+
+    def put(self, offset: int, piece: memoryview) -> None:
+        self._filler.put(offset, piece)
+        if offset + piece.nbytes == self._memory.nbytes:
+            copy_overlaps(self._memory, self._spread.shard, self._spread.targets)

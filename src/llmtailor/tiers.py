@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import SaveFailedWarning, TailorError, TailorWarning, WriteError
 from .pruning import apply_retention
-from .storage import LocalFileSystem, RunDirectory
+from .storage import LocalFileSystem, RunDirectory, StagingSeat
 from .writer import Mirror, MirrorHandle, SaveHandle
 
 __all__ = ["Tiers"]
@@ -26,6 +26,7 @@ class Tiers:
         mirror: The second directory, or None.
         mirror_keep: How many checkpoints to keep there.
         filesystem: What carries out the changes.
+        seat: Which of many ranks this is. The coordinator alone mirrors and removes.
 
     Raises:
         InvalidInputError: The mirror is not apart from the run.
@@ -42,14 +43,16 @@ class Tiers:
         mirror: Path | str | None,
         mirror_keep: int | None,
         filesystem: LocalFileSystem | None,
+        seat: StagingSeat | None = None,
     ) -> None:
         self._keep = keep
         self._keep_consistent = keep_consistent
         self.notices: deque[TailorWarning] = deque()
         """What a user should know; our threads must not warn, for where warnings are errors they would die of it."""
-        self.run = RunDirectory(directory, filesystem, on_warning=self.notices.append)
+        self.run = RunDirectory(directory, filesystem, seat=seat, on_warning=self.notices.append)
         self.mirror: Mirror | None = None
-        if mirror is None:
+        self._is_follower = seat is not None and not seat.is_coordinator
+        if mirror is None or self._is_follower:
             return
         try:
             self.mirror = Mirror(
@@ -90,6 +93,10 @@ class Tiers:
             handle: Its save's.
             pinned: Steps that must stay.
         """
+        if self._is_follower:
+            if handle.durable == "mirror":  # the coordinator's handle waits for it
+                handle.note_mirrored()
+            return
         pending: Collection[int] = ()
         if self.mirror is not None:
             try:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from .codecs import StoredCodes, array_name
 from .errors import FormatError, IntegrityError, NotFoundError
 from .formats.safetensors import Header, read_header
 from .formats.source_files import open_source
 from .formats.tailored import (
+    Kind,
     LayerCodes,
+    LayerFile,
+    check_names,
     check_packed,
+    check_part,
     check_state_base,
+    join_files,
+    join_notes,
+    open_layer_file,
     read_codes_header,
     read_manifest,
     read_packed,
@@ -40,15 +47,13 @@ __all__ = [
 FileState: TypeAlias = tuple[int, int, int, int]
 """Device, inode, size and time of change: while these stay, so do the bytes."""
 
-_OPTIMIZER_PREFIX = "state."
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """One thing that is wrong with a checkpoint."""
 
     path: str
-    """File, relative to the checkpoint."""
+    """File, relative to the checkpoint; of what is wrong with several files of a layer together, the first of them."""
     layer: str | None
     kind: str
     """``missing-file``, ``file-size``, ``digest``, ``not-regular``, or a kind of ``FormatError``."""
@@ -148,32 +153,40 @@ def verify_checkpoint(
     except FormatError as err:
         problem = _problem_of(MANIFEST_NAME, None, err)
         return VerifyReport(path=str(checkpoint), step=None, num_files=1, nbytes=0, problems=(problem,), unlisted=())
-    cache = {} if digests is None else digests
-    files = [each for each in _files_by_layer(manifest) if has_layers or each[0] is None]
-
-    def verify(file: tuple[LayerRecord | None, FileRecord], reader: FileReader) -> Problem | None:
-        layer, record = file
-        try:
-            _verify_file(checkpoint, manifest, layer, record, cache, reader)
-        except (FormatError, NotFoundError) as err:
-            return _problem_of(record.path, None if layer is None else layer.name, err)
-        return None
-
-    found = read_files(files, lambda file: file[1].bytes, verify, on_begin=lambda file: on_file(file[1]))
+    verifier = _Verifier(checkpoint, manifest, {} if digests is None else digests)
+    files = [each for each in _list_files(manifest) if has_layers or each.layer is None]
+    found = read_files(
+        files, lambda file: file.record.bytes, verifier.verify, on_begin=lambda file: on_file(file.record)
+    )
+    problems = [problem for problem in found if problem is not None]
     return VerifyReport(
         path=str(checkpoint),
         step=manifest.step,
         num_files=1 + len(files),
-        nbytes=sum(record.bytes for _, record in files),
-        problems=(*_verify_name(checkpoint, manifest), *(problem for problem in found if problem is not None)),
+        nbytes=sum(file.record.bytes for file in files),
+        problems=(*_verify_name(checkpoint, manifest), *problems, *verifier.verify_parts(problems)),
         unlisted=tuple(_unlisted(checkpoint, manifest)),
     )
 
 
-def _files_by_layer(manifest: Manifest) -> Iterator[tuple[LayerRecord | None, FileRecord]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    """A file to verify."""
+
+    record: FileRecord
+    layer: LayerRecord | None = None
+    """None for a small file."""
+    kind: Kind | Literal["codes"] | None = None
+    """What of its layer it holds."""
+
+
+def _list_files(manifest: Manifest) -> Iterator[_File]:
     for layer in manifest.layers:
-        yield from ((layer, record) for record in layer.files)
-    yield from ((None, record) for record in manifest.files)
+        yield from (_File(record=record, layer=layer, kind="weights") for record in layer.weights_files)
+        yield from (_File(record=record, layer=layer, kind="optimizer") for record in layer.optimizer_files)
+        if layer.encoding is not None:
+            yield _File(record=layer.encoding.codes, layer=layer, kind="codes")
+    yield from (_File(record=record) for record in manifest.files)
 
 
 def _problem_of(path: str, layer: str | None, err: FormatError | NotFoundError) -> Problem:
@@ -195,35 +208,85 @@ def _verify_name(checkpoint: Path, manifest: Manifest) -> Iterator[Problem]:
         )
 
 
-def _verify_file(
-    checkpoint: Path,
-    manifest: Manifest,
-    layer: LayerRecord | None,
-    record: FileRecord,
-    digests: MutableMapping[FileState, str],
-    reader: FileReader,
-) -> None:
-    path = checkpoint / record.path
-    with open_published(checkpoint, record) as descriptor:
-        status = os.fstat(descriptor)
-        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        found = digests.get(state) or reader.digest(descriptor, status.st_size, path)
-        digests[state] = found
-        if found != record.digest:
-            raise changed_bytes(path, record.digest, found)
-        if layer is None:
-            return
-        # A writer's mistake is found here, not at resume.
-        header = read_header(descriptor, path)[0]
-        if layer.encoding is not None and record is layer.encoding.codes:
-            codes = read_codes_header(path, header, manifest, layer)
-            _check_codes(descriptor, path, header, {**codes.weights, **codes.states}, layer)
-            if layer.optimizer is not None and codes.is_relative_to_state:
-                _check_state_base(checkpoint, layer, layer.optimizer, codes)
-        else:
-            check_layer_header(path, manifest, layer, record, header, _read_codes(checkpoint, manifest, layer))
-            if record is layer.optimizer:
+class _Verifier:
+    """Verifies the files of one checkpoint, several at a time, and then what those of a layer are together.
+
+    Args:
+        checkpoint: The directory.
+        manifest: Of it.
+        digests: See ``verify_checkpoint``.
+    """
+
+    def __init__(self, checkpoint: Path, manifest: Manifest, digests: MutableMapping[FileState, str]) -> None:
+        self._checkpoint = checkpoint
+        self._manifest = manifest
+        self._digests = digests
+        self._parts: dict[str, LayerFile] = {}
+        """By path: files that are parts of a layer, and good by themselves."""
+
+    def verify(self, file: _File, reader: FileReader) -> Problem | None:
+        """What is wrong with a file."""
+        try:
+            self._verify_file(file, reader)
+        except (FormatError, NotFoundError) as err:
+            return _problem_of(file.record.path, None if file.layer is None else file.layer.name, err)
+        return None
+
+    def verify_parts(self, problems: Sequence[Problem]) -> Iterator[Problem]:
+        """What is wrong with layers in parts of which every file is good.
+
+        Args:
+            problems: Of the files.
+        """
+        bad = {problem.path for problem in problems}
+        for layer in self._manifest.layers if self._parts else ():
+            expected = weights_metas(self._manifest, layer, None) if layer.parts else {}
+            for whole, records, metas in (
+                (layer.weights, layer.weights_files, expected),
+                (layer.optimizer, layer.optimizer_files, None),
+            ):
+                if whole is not None or not records or not bad.isdisjoint(record.path for record in records):
+                    continue
+                files = [self._parts[record.path] for record in records]
+                try:
+                    join_files(self._checkpoint, layer, files, metas)
+                    join_notes(files)
+                except FormatError as err:
+                    yield _problem_of(records[0].path, layer.name, err)
+
+    def _verify_file(self, file: _File, reader: FileReader) -> None:
+        layer, record = file.layer, file.record
+        path = self._checkpoint / record.path
+        with open_published(self._checkpoint, record) as descriptor:
+            status = os.fstat(descriptor)
+            state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            found = self._digests.get(state) or reader.digest(descriptor, status.st_size, path)
+            self._digests[state] = found
+            if found != record.digest:
+                raise changed_bytes(path, record.digest, found)
+            if layer is None or file.kind is None:
+                return
+            # A writer's mistake is found here, not at resume.
+            header = read_header(descriptor, path)[0]
+            if file.kind == "codes":
+                self._verify_codes(descriptor, path, header, layer)
+                return
+            codes = _read_codes(self._checkpoint, self._manifest, layer)
+            checked = check_layer_header(path, self._manifest, layer, file.kind, header, codes)
+            if _is_part(layer, file.kind):
+                self._parts[record.path] = checked
+            elif file.kind == "optimizer":
                 _check_codes(descriptor, path, header, read_packed(path, header), layer)
+
+    def _verify_codes(self, descriptor: int, path: Path, header: Header, layer: LayerRecord) -> None:
+        codes = read_codes_header(path, header, self._manifest, layer)
+        _check_codes(descriptor, path, header, {**codes.weights, **codes.states}, layer)
+        if layer.optimizer is not None and codes.is_relative_to_state:
+            _check_state_base(self._checkpoint, layer, layer.optimizer, codes)
+
+
+def _is_part(layer: LayerRecord, kind: Kind) -> bool:
+    return (layer.weights if kind == "weights" else layer.optimizer) is None
 
 
 def _read_codes(checkpoint: Path, manifest: Manifest, layer: LayerRecord) -> LayerCodes | None:
@@ -280,34 +343,41 @@ def check_layer_header(
     path: Path,
     manifest: Manifest,
     layer: LayerRecord,
-    record: FileRecord,
+    kind: Kind,
     header: Header,
     codes: LayerCodes | None = None,
-) -> None:
+) -> LayerFile:
     """Raise unless a layer's weights or optimizer file holds what the schema says.
 
     Args:
         path: For the error.
         manifest: Of the checkpoint.
         layer: Whose file it is.
-        record: One of ``layer.plain_files``.
+        kind: Which of them; a rank's part of the layer if it has no whole file of that kind.
         header: Of the file.
         codes: Of the layer; needed where the weights file is rounded, or codes are relative to the optimizer file.
 
+    Returns:
+        What the file holds.
+
     Raises:
-        FormatError: A tensor of the weights is missing, too many, or of another type or shape; there is optimizer
-            state of another layer's parameter; or none that codes are relative to.
+        FormatError: A tensor of the weights is too many, or of another type or shape, or missing in a whole file;
+            there is optimizer state of another layer's parameter; or none that codes are relative to.
     """
-    of_layer = [tensor for tensor in manifest.tensors if tensor.layer == layer.name]
-    if record is layer.weights:
+    is_part = _is_part(layer, kind)
+    file = open_layer_file(path, header, is_part=is_part)
+    if is_part:
+        check_part(file, manifest, layer, kind)
+    elif kind == "weights":
         expected = {fqn: str(meta) for fqn, meta in weights_metas(manifest, layer, codes).items()}
         _check_tensors(path, expected, {name: str(stored.meta) for name, stored in header.tensors.items()})
     else:
-        _check_state_names(path, [tensor.fqn for tensor in of_layer], header)
+        check_names(path, header, {tensor.fqn: tensor for tensor in manifest.tensors if tensor.layer == layer.name})
         packed = read_packed(path, header)
         check_packed(path, manifest, layer, packed)
         if codes is not None:
             check_state_base(path, layer, codes, state_metas(header, packed))
+    return file
 
 
 def _check_tensors(path: Path, expected: dict[str, str], found: dict[str, str]) -> None:
@@ -320,15 +390,6 @@ def _check_tensors(path: Path, expected: dict[str, str], found: dict[str, str]) 
                 fqn=name,
                 expected=expected.get(name, "no such tensor"),
                 found=found.get(name, "no such tensor"),
-            )
-
-
-def _check_state_names(path: Path, fqns: list[str], header: Header) -> None:
-    prefixes = tuple(f"{_OPTIMIZER_PREFIX}{fqn}." for fqn in fqns)
-    for name in header.tensors:
-        if not name.startswith(prefixes):
-            raise FormatError(
-                "the file holds optimizer state of a parameter of another layer", kind="schema", path=path, fqn=name
             )
 
 

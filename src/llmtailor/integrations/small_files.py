@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _PROGRESS_NAME = "run_state.json"
-_RNG_NAME = "rng_state.pth"
+_RNG_STEM = "rng_state"
 
 
 class Stateful(Protocol):
@@ -113,25 +113,35 @@ def _without_data(value: Any) -> Any:
     return value
 
 
-def save_objects(directory: Path, objects: Mapping[str, Stateful]) -> None:
+def save_objects(directory: Path, objects: Mapping[str, Stateful], *, rank: int | None = None) -> None:
     """Save each object's ``state_dict()`` as ``<name>.pt``.
+
+    Args:
+        directory: The checkpoint, or where it is made.
+        objects: By name.
+        rank: Whose they are, if each rank has its own: ``<name>_<rank>.pt``.
 
     Raises:
         UnsupportedError: As ``check_objects``.
     """
     check_objects(objects)
     for name, each in objects.items():
-        torch.save(each.state_dict(), directory / f"{name}.pt")
+        torch.save(each.state_dict(), directory / f"{_of_rank(name, rank)}.pt")
 
 
-def read_objects(directory: Path, objects: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The saved state of each object.
+def _of_rank(stem: str, rank: int | None) -> str:
+    """As transformers names what each rank has of its own. Source: transformers 5.23, trainer.py (_save_rng_state)."""
+    return stem if rank is None else f"{stem}_{rank}"
+
+
+def read_objects(directory: Path, objects: Iterable[str], *, rank: int | None = None) -> dict[str, dict[str, Any]]:
+    """The saved state of each object; ``rank`` as for ``save_objects``.
 
     Raises:
         IncompleteError: An object has no file in the checkpoint.
         FormatError: A file holds more than tensors, numbers, text and containers.
     """
-    return {name: _load(directory / f"{name}.pt") for name in objects}
+    return {name: _load(directory / f"{_of_rank(name, rank)}.pt") for name in objects}
 
 
 def load_objects(objects: Mapping[str, Stateful], states: Mapping[str, dict[str, Any]], *, path: Path) -> None:
@@ -164,9 +174,14 @@ def _load(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_rng(directory: Path) -> None:
-    """Save the state of every random number generator of this process: python, numpy, torch, CUDA."""
-    torch.save(capture_rng(), directory / _RNG_NAME)
+def save_rng(directory: Path, *, rank: int | None = None) -> None:
+    """Save the state of every random number generator of this process: python, numpy, torch, CUDA.
+
+    Args:
+        directory: The checkpoint, or where it is made.
+        rank: Of this process, if it is one of several.
+    """
+    torch.save(capture_rng(), directory / f"{_of_rank(_RNG_STEM, rank)}.pth")
 
 
 def capture_rng() -> dict[str, Any]:
@@ -214,6 +229,6 @@ def restore_rng(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(saved)
 
 
-def load_rng(directory: Path) -> dict[str, Any]:
-    """Read the random state of a checkpoint."""
-    return _load(directory / _RNG_NAME)
+def load_rng(directory: Path, *, rank: int | None = None) -> dict[str, Any]:
+    """Read the random state of a checkpoint; ``rank`` as for ``save_rng``."""
+    return _load(directory / f"{_of_rank(_RNG_STEM, rank)}.pth")

@@ -12,10 +12,13 @@ from typing import Any, Self, TypeVar, Unpack
 import torch
 
 from ..checkpoint import Checkpoint, describe_layers
-from ..checkpointer import Checkpointer, EngineOptions, engine_options
-from ..errors import InvalidInputError, TailorError, UnsupportedError
+from ..checkpointer import Checkpointer
+from ..engine_options import EngineOptions, engine_options
+from ..errors import IncompatibleError, InvalidInputError, TailorError, UnsupportedError
 from ..load import plan_load
+from ..meeting import Outcome
 from ..model_state import is_adapted
+from ..ranks import join_ranks
 from ..resume import Fill, load_named
 from ..strategies import SaveContext, Strategy
 from ..writer import SaveHandle
@@ -58,7 +61,11 @@ class Run:
         run.close()
 
     Saved in full every time: scheduler, gradient scaler, random numbers, data position (``batches``) and ``state``.
-    In a single process; call it after the optimizer's step. A save returns at once and goes on in the background; the
+    On several processes (``torchrun``) every one makes its ``Run`` after ``init_process_group``, for the same directory,
+    and calls the same methods at the same steps: under DistributedDataParallel, FSDP2 (``fully_shard``) and tensor
+    parallelism. Each rank saves what it holds; random numbers and data position are kept for each, ``state`` is rank 0's.
+
+    Call it after the optimizer's step. A save returns at once and goes on in the background; the
     optimizer's next step waits until the state is captured. Whatever else changes parameters in place between two
     steps (an average swapped in, ``load_state_dict``) has to call ``wait_until_captured`` first.
 
@@ -76,13 +83,13 @@ class Run:
         split_experts: Every expert of a block is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
         **options: ``rest``, ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``,
-            ``mirror_keep``, ``durable``: see ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see
+            ``mirror_keep``, ``durable``, ``spread_layers``, ``commit_timeout_secs``: see ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see
             ``PreemptionOptions``.
 
     Raises:
         InvalidInputError: An unknown strategy, an option that makes no sense, or a name in ``state`` that is taken.
         LockedError: Another process writes this run, or its mirror.
-        UnsupportedError: More than one process, or state that cannot be saved.
+        UnsupportedError: State that cannot be saved, or options that several ranks cannot agree on.
         WriteError: The directory cannot be written.
     """
 
@@ -103,7 +110,6 @@ class Run:
         layer_overrides: Mapping[str, Sequence[str]] | None = None,
         **options: Unpack[RunOptions],
     ) -> None:
-        _refuse_ranks()
         if save_steps < 1:
             raise InvalidInputError(
                 "save_steps makes no sense", kind="save-steps", expected="a number >= 1", found=save_steps
@@ -112,8 +118,20 @@ class Run:
         self._optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         self._save_steps = save_steps
         self._objects = _name_objects(scheduler, scaler, state or {})
+        ranks = join_ranks()
+        if ranks is not None and options.get("on_sigterm") == "save":
+            raise UnsupportedError(
+                'on_sigterm="save" is not supported on several ranks',
+                kind="ranks-option",
+                expected='"finish" or "ignore"',
+                found='"save"',
+                hint="the ranks would have to agree on the step; save more often instead",
+            )
+        self._rank = None if ranks is None else ranks.rank
+        self._num_ranks = 1 if ranks is None else ranks.size
         self._checkpointer = Checkpointer(
             directory,
+            ranks=ranks,
             strategy=strategy,
             keep=keep,
             keep_consistent=keep_consistent,
@@ -171,8 +189,10 @@ class Run:
 
         def plan(candidate: Checkpoint) -> Fill:
             path = candidate.path
-            step, states = read_progress(path, self._objects), read_objects(path, self._objects)
-            small[path] = step, states, load_rng(path) if random_state else None
+            rank = self._own_files(candidate, is_exact=random_state)
+            step = read_progress(path, self._objects)
+            states = read_objects(path, self._shared_objects) | read_objects(path, self._own_objects, rank=rank)
+            small[path] = step, states, load_rng(path, rank=rank) if random_state else None
             return plan_load(candidate, self._checkpointer.read_model(self._model), self._optimizers).fill
 
         found = self._find(checkpoint, plan, consistent=consistent, max_rollback_steps=max_rollback_steps)
@@ -180,12 +200,44 @@ class Run:
             self._checkpointer.begin(None)
             return 0
         step, states, rng = small[found.path]
-        load_objects(self._objects, states, path=found.path)
-        if rng is not None:
-            restore_rng(rng)
+        try:
+            load_objects(self._objects, states, path=found.path)
+            if rng is not None:
+                restore_rng(rng)
+        except BaseException as err:
+            self._checkpointer.meeting.agree(Outcome(error=err))
+            raise
+        self._checkpointer.meeting.agree(Outcome())
         self._checkpointer.begin(found)
-        sys.stderr.write(describe_layers(found) + "\n")
+        if not self._rank:
+            sys.stderr.write(describe_layers(found) + "\n")
         return step
+
+    @property
+    def _own_objects(self) -> dict[str, Stateful]:
+        """Those of which every rank has its own: where it is in its data."""
+        return {name: each for name, each in self._objects.items() if name == "data"}
+
+    @property
+    def _shared_objects(self) -> dict[str, Stateful]:
+        return {name: each for name, each in self._objects.items() if name not in self._own_objects}
+
+    def _own_files(self, found: Checkpoint, *, is_exact: bool) -> int | None:
+        """Whose random state and data position to take: this rank's, or where their number changed rank 0's."""
+        saved = found.manifest.world.size
+        if saved != self._num_ranks and is_exact:
+            raise IncompatibleError(
+                "the number of ranks differs from when the checkpoint was saved, so random numbers cannot go on",
+                kind="world-size",
+                path=found.path,
+                expected=saved,
+                found=self._num_ranks,
+                hint="resume on as many, or with random_state=False: weights and optimizer state are resharded, and "
+                "random numbers and the order of the data differ from here on",
+            )
+        if saved == self._num_ranks:
+            return self._rank
+        return None if saved == 1 else 0
 
     def _find(
         self,
@@ -197,7 +249,7 @@ class Run:
     ) -> Checkpoint | None:
         """Load model and optimizers from what is to be resumed from, while it is verified."""
         if checkpoint is not None:
-            return load_named(Path(checkpoint), plan)
+            return load_named(Path(checkpoint), plan, self._checkpointer.meeting)
         return self._checkpointer.load(plan, consistent=consistent, max_rollback_steps=max_rollback_steps)
 
     def step(self, step: int) -> SaveHandle | None:
@@ -231,10 +283,12 @@ class Run:
         """
 
         def write_small_files(directory: Path) -> None:
-            write_progress(directory, step, self._objects)
-            save_objects(directory, self._objects)
-            save_rng(directory)
-            _save_config(self._model, directory)
+            if not self._rank:
+                write_progress(directory, step, self._objects)
+                save_objects(directory, self._shared_objects)
+                _save_config(self._model, directory)
+            save_objects(directory, self._own_objects, rank=self._rank)
+            save_rng(directory, rank=self._rank)
 
         return self._checkpointer.save(step, self._model, self._optimizers, write_small_files)
 
@@ -264,17 +318,6 @@ class Run:
             if error is None:
                 raise
             logger.exception("the last save had failed, too")
-
-
-def _refuse_ranks() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise UnsupportedError(
-            "training on several processes is not supported yet",
-            kind="world-size",
-            expected="one process",
-            found=f"{distributed.get_world_size()} processes",
-        )
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:

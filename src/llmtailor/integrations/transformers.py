@@ -37,7 +37,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..checkpoint import describe_layers, open_checkpoint, require_optimizer
-from ..checkpointer import Checkpointer, EngineOptions, check_options, engine_options
+from ..checkpointer import Checkpointer
+from ..engine_options import EngineOptions, check_options, engine_options
 from ..errors import (
     FormatError,
     InvalidInputError,
@@ -47,7 +48,9 @@ from ..errors import (
     WriteError,
 )
 from ..load import load_model, load_optimizers
+from ..meeting import Meeting, Outcome
 from ..model_state import is_adapted, read_model
+from ..ranks import join_ranks
 from ..resume import open_resumable
 from ..save_plan import Contents
 from ..storage import checkpoint_name
@@ -164,6 +167,7 @@ class TailorMixin(_Base):
             keep_consistent=options.get("keep_consistent", True),
             split_experts=options.get("split_experts", False),
             layer_overrides=options.get("layer_overrides"),
+            ranks=join_ranks(),
             **engine_options(options),
         )
         return self._tailor_checkpointer
@@ -186,14 +190,15 @@ class TailorMixin(_Base):
                     hint="train without resume_from_checkpoint, or give the path of a checkpoint of transformers",
                 )
         elif is_ours(wanted) or not is_stock(wanted):
-            found = open_resumable(Path(wanted))
+            found = open_resumable(Path(wanted), checkpointer.meeting)
             require_optimizer(found)
         else:
             # A checkpoint of stock transformers: stock code loads it, and our first save is full.
             checkpointer.begin(None)
             return wanted
         require_trainer(found)
-        sys.stderr.write(describe_layers(found) + "\n")
+        if self.is_world_process_zero():
+            sys.stderr.write(describe_layers(found) + "\n")
         checkpointer.begin(found)
         return str(found.path)
 
@@ -330,7 +335,8 @@ class TailorMixin(_Base):
             directory = os.path.join(super()._get_output_dir(trial), checkpoint_name(best))
             if best == self.state.global_step or os.path.isdir(directory):
                 self.state.best_model_checkpoint = directory
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                if self.args.should_save:
+                    self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._tailor_staged is not None:
@@ -344,6 +350,8 @@ class TailorMixin(_Base):
             return
         # An empty state dict makes stock code write everything else, and an empty weights file that has to go:
         # transformers does the same under DeepSpeed. Source: transformers 5.23, trainer.py (save_model).
+        if not self.args.should_save:
+            return
         with without_progress_bars():
             self._save(str(self._tailor_staged), state_dict={})
         for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
@@ -352,6 +360,8 @@ class TailorMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._tailor_staged is None:
             super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if not self.args.should_save:
             return
         assert self.lr_scheduler is not None
         with warnings.catch_warnings():
@@ -371,16 +381,17 @@ class TailorMixin(_Base):
         if not is_ours(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        _load_model(resume_from_checkpoint, _module(self) if model is None else model)
+        module = _module(self) if model is None else model
+        self._tailor_together(lambda: _load_model(resume_from_checkpoint, module))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not is_ours(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        path = Path(checkpoint)
-        assert self.optimizer is not None
+        path, optimizer = Path(checkpoint), self.optimizer
+        assert optimizer is not None
         assert self.lr_scheduler is not None
-        load_optimizers(open_checkpoint(path), read_model(_module(self)), [self.optimizer])
+        self._tailor_together(lambda: load_optimizers(open_checkpoint(path), read_model(_module(self)), [optimizer]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
             self.lr_scheduler.load_state_dict(torch.load(path / SCHEDULER_NAME, map_location="cpu", weights_only=True))
@@ -391,7 +402,17 @@ class TailorMixin(_Base):
             super()._load_best_model()
             return
         logger.info("loading the best model from %s (score: %s)", best, self.state.best_metric)
-        _load_model(best, _module(self))
+        self._tailor_together(lambda: _load_model(best, _module(self)))
+
+    def _tailor_together(self, load: Callable[[], None]) -> None:
+        """Load on all ranks; if one cannot, none goes on to a collective that the others never come to."""
+        meeting = Meeting(None) if self._tailor_checkpointer is None else self._tailor_checkpointer.meeting
+        error: BaseException | None = None
+        try:
+            load()
+        except BaseException as err:
+            error = err
+        meeting.agree(Outcome(error=error))
 
 
 def tailor(trainer: TrainerT, **options: Unpack[TailorOptions]) -> TrainerT:
@@ -411,7 +432,7 @@ def tailor(trainer: TrainerT, **options: Unpack[TailorOptions]) -> TrainerT:
 
     Raises:
         InvalidInputError: It is no Trainer, or an option makes no sense.
-        UnsupportedError: It trains on several processes, or under FSDP or DeepSpeed.
+        UnsupportedError: It trains under FSDP version 1.
     """
     if not isinstance(trainer, Trainer):
         raise InvalidInputError(
@@ -455,16 +476,15 @@ def _refuse_sharding(trainer: Trainer) -> None:
     found = None
     if trainer.is_deepspeed_enabled:
         found = "DeepSpeed"
-    elif trainer.is_fsdp_enabled:
-        found = "FSDP"
-    elif trainer.args.world_size > 1:
-        found = f"{trainer.args.world_size} processes"
+    elif trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+        found = "FSDP version 1"
     if found is not None:
         raise UnsupportedError(
-            "training on several processes is not supported yet",
+            f"{found} is not supported",
             kind="world-size",
-            expected="one process",
+            expected="one process, DDP, or FSDP version 2",
             found=found,
+            hint='FSDP version 2 is chosen with fsdp_config={"fsdp_version": 2}',
         )
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoint import Checkpoint
-from ..manifest import EncodingRecord, LayerRecord, Manifest, OptimizerRecord, SaveRecord, TensorRecord
+from ..manifest import (
+    EncodingRecord,
+    FileRecord,
+    LayerRecord,
+    Manifest,
+    OptimizerRecord,
+    PartRecord,
+    SaveRecord,
+    TensorRecord,
+)
 from .units import format_bytes, format_number_of
 
 if TYPE_CHECKING:
@@ -50,7 +59,7 @@ class CheckpointPage:
             "tied": _ties(manifest),
             "bytes": manifest.nbytes,
             "written_bytes": manifest.written_nbytes,
-            "weights_bytes": sum(layer.weights.bytes for layer in manifest.layers),
+            "weights_bytes": sum(_nbytes(layer.weights_files) for layer in manifest.layers),
             "optimizer_bytes": sum(_optimizer_nbytes(layer) or 0 for layer in manifest.layers),
             "codes_bytes": sum(_codes_nbytes(layer) or 0 for layer in manifest.layers),
             "layers": [_layer_record(layer, manifest.step) for layer in manifest.layers],
@@ -97,8 +106,12 @@ def _ties(manifest: Manifest) -> dict[str, str]:
     return {tensor.fqn: tensor.tied_to for tensor in manifest.tensors if tensor.tied_to is not None}
 
 
+def _nbytes(files: Iterable[FileRecord]) -> int:
+    return sum(file.bytes for file in files)
+
+
 def _optimizer_nbytes(layer: LayerRecord) -> int | None:
-    return None if layer.optimizer is None else layer.optimizer.bytes
+    return _nbytes(layer.optimizer_files) if layer.optimizer_files else None
 
 
 def _codes_nbytes(layer: LayerRecord) -> int | None:
@@ -107,15 +120,27 @@ def _codes_nbytes(layer: LayerRecord) -> int | None:
 
 def _layer_record(layer: LayerRecord, step: int) -> dict[str, Any]:
     return {
-        **layer.model_dump(mode="json", exclude={"weights", "optimizer"}),
+        **layer.model_dump(mode="json", exclude={"weights", "optimizer", "parts"}),
         "state_step": layer.state_step,
         "state_update_count": layer.state_update_count,
         "staleness": step - layer.state_step,
-        "weights_bytes": layer.weights.bytes,
+        "weights_bytes": _nbytes(layer.weights_files),
         "optimizer_bytes": _optimizer_nbytes(layer),
         "codes_bytes": _codes_nbytes(layer),
-        "weights_path": layer.weights.path,
+        "num_ranks": len(layer.parts),
+        "parts": [_part_record(part) for part in layer.parts],
+        "weights_path": None if layer.weights is None else layer.weights.path,
         "optimizer_path": None if layer.optimizer is None else layer.optimizer.path,
+    }
+
+
+def _part_record(part: PartRecord) -> dict[str, Any]:
+    return {
+        "rank": part.rank,
+        "weights_bytes": None if part.weights is None else part.weights.bytes,
+        "optimizer_bytes": None if part.optimizer is None else part.optimizer.bytes,
+        "weights_path": None if part.weights is None else part.weights.path,
+        "optimizer_path": None if part.optimizer is None else part.optimizer.path,
     }
 
 
@@ -135,7 +160,17 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, object]]:
     yield "written", f"{format_bytes(manifest.written_nbytes)} of that by this save"
     yield "cost", None if manifest.save is None else _describe_cost(manifest.save)
     yield "writer", f"llmtailor {writer.llmtailor}, torch {writer.torch}, Python {writer.python}"
-    yield "host", f"{writer.host}, process {writer.pid}, world size {manifest.world.size}"
+    yield "host", f"{writer.host}, process {writer.pid}"
+    yield "world", _describe_world(manifest)
+
+
+def _describe_world(manifest: Manifest) -> str:
+    if manifest.world.size == 1:
+        return "1 rank"
+    num_parts = sum(bool(layer.parts) for layer in manifest.layers)
+    number = format_number_of(num_parts, "layer")
+    cut = f"{number} in parts of several" if num_parts else "every layer in whole files"
+    return f"{manifest.world.size} ranks, {cut}"
 
 
 def _describe_inconsistency(manifest: Manifest) -> str:
@@ -158,8 +193,9 @@ def _layer_table(manifest: Manifest) -> Table:
     from .tables import cell, plain_table
 
     has_drift = any(layer.drift is not None for layer in manifest.layers)
-    columns = ("  layer", "kind", ">step", ">stale", ">updates", ">weights", ">optimizer", "reason")
-    table = plain_table(*columns, *([">drift"] if has_drift else []))
+    has_parts = any(layer.parts for layer in manifest.layers)
+    columns = ("  layer", "kind", ">step", ">stale", ">updates", ">weights", ">optimizer")
+    table = plain_table(*columns, *([">ranks"] if has_parts else []), "reason", *([">drift"] if has_drift else []))
     for layer in manifest.layers:
         optimizer = _optimizer_nbytes(layer)
         row = [
@@ -168,12 +204,13 @@ def _layer_table(manifest: Manifest) -> Table:
             cell(layer.state_step),
             cell(manifest.step - layer.state_step),
             cell(layer.state_update_count),
-            cell(format_bytes(layer.weights.bytes)),
+            cell(format_bytes(_nbytes(layer.weights_files))),
             cell(None if optimizer is None else format_bytes(optimizer)),
+            *([cell(len(layer.parts) or None)] if has_parts else []),
             cell(layer.reason),
         ]
         table.add_row(*row, *([cell(None if layer.drift is None else f"{layer.drift:.4g}")] if has_drift else []))
-    weights = sum(layer.weights.bytes for layer in manifest.layers)
+    weights = sum(_nbytes(layer.weights_files) for layer in manifest.layers)
     state = sum(_optimizer_nbytes(layer) or 0 for layer in manifest.layers)
     total = ("  total", "", "", "", "", format_bytes(weights), format_bytes(state))
     table.add_row(*map(cell, total), style="bold")

@@ -16,6 +16,7 @@ from .run_directory import (
     list_set_aside,
     newest_step_seen,
 )
+from .shared_staging import SharedCheckpoint, StagingSeat
 from .staging import StagedCheckpoint, StagedFile
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "RunDirectory",
     "RunLock",
     "SetAsideEntry",
+    "SharedCheckpoint",
     "StagedCheckpoint",
     "StagedFile",
+    "StagingSeat",
     "aligned_buffer",
     "checkpoint_name",
     "list_attempts",

@@ -26,6 +26,7 @@ from ..errors import NotFoundError, SupersededWarning, TailorWarning, WriteError
 from ..manifest import MANIFEST_NAME
 from .filesystem import LocalFileSystem
 from .lock import RunLock
+from .shared_staging import SharedCheckpoint, StagingSeat
 from .staging import StagedCheckpoint, translate_os_errors, warn
 
 __all__ = [
@@ -165,6 +166,8 @@ class RunDirectory:
     Args:
         path: The run; made if it is not there.
         filesystem: What carries out the changes.
+        seat: Which of many ranks this is, if many write the run. Rank 0 holds the lock for all, sweeps and publishes;
+            the others stage.
         on_warning: Told of what a user should know; warns at once by default, which a thread of ours must not do: where
             warnings are errors, it would raise in the middle of a publish.
 
@@ -178,6 +181,7 @@ class RunDirectory:
         path: Path,
         filesystem: LocalFileSystem | None = None,
         *,
+        seat: StagingSeat | None = None,
         on_warning: Callable[[TailorWarning], None] = warn,
     ) -> None:
         self.path = path
@@ -187,13 +191,18 @@ class RunDirectory:
         self._mutex = threading.Lock()
         self._live: set[str] = set()
         """What in the staging directory is in use by this object."""
+        self._seat = seat
+        self._lock: RunLock | None = None
+        self._is_closed = False
+        if seat is not None and not seat.is_coordinator:
+            return
         with translate_os_errors("make the run's directory", path):
             self._make_directories(self._staging)
         self._lock = RunLock(self._staging / _LOCK_NAME)
         try:
             self._sweep()
         except BaseException:
-            self._lock.release()
+            self.close()
             raise
 
     def _make_directories(self, path: Path) -> None:
@@ -218,7 +227,7 @@ class RunDirectory:
         We hold the lock, so nobody live owns any of it but what is noted in ``_live``.
         """
         with self._mutex, translate_os_errors("sweep what dead writers left", self._staging):
-            names = [name for name in os.listdir(self._staging) if name != _LOCK_NAME and name not in self._live]
+            names = [name for name in os.listdir(self._staging) if name != _LOCK_NAME and not self._is_live(name)]
         if not names:
             return
         try:
@@ -230,30 +239,39 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 self._filesystem.remove_tree(self._staging / name)
 
-    def stage(self, step: int, nbytes: int, num_files: int) -> StagedCheckpoint:
+    def _is_live(self, name: str) -> bool:
+        # Another rank may have begun an attempt of ours before this one.
+        return name in self._live or (self._seat is not None and f"-{self._seat.session}-" in name)
+
+    def stage(self, step: int, nbytes: int, num_files: int, *, attempt: int = 0) -> StagedCheckpoint:
         """Start an attempt at a checkpoint; ``publish`` or ``abandon`` ends it.
 
         Args:
             step: Its step.
             nbytes: Bytes that will be written.
             num_files: Files and links that will be made.
+            attempt: Of many ranks: how often this step was tried before, which all ranks know by themselves.
 
         Raises:
             WriteError: There is not enough room, or the directory cannot be made.
         """
         self._check_held()
-        self._sweep()
+        if self._lock is not None:
+            self._sweep()
         with translate_os_errors("start a checkpoint", self.path):
             free = self._filesystem.free_space(self._staging)
         if free.nbytes is not None and free.nbytes < nbytes + _SPARE_NBYTES:
             raise self._no_room(step, f"{nbytes + _SPARE_NBYTES} bytes free", f"{free.nbytes} bytes free")
         if free.inodes is not None and free.inodes < num_files + _SPARE_INODES:
             raise self._no_room(step, f"{num_files + _SPARE_INODES} inodes free", f"{free.inodes} inodes free")
-        attempt = self._claim(f"{step}-{secrets.token_hex(8)}")
+        seat, target = self._seat, self.path / checkpoint_name(step)
+        claim = self._claim(f"{step}-{secrets.token_hex(8) if seat is None else f'{seat.session}-{attempt}'}")
         try:
-            return StagedCheckpoint(self._filesystem, attempt, self.path / checkpoint_name(step), self._on_warning)
+            if seat is not None:
+                return SharedCheckpoint(self._filesystem, claim, target, seat, self._on_warning)
+            return StagedCheckpoint(self._filesystem, claim, target, self._on_warning)
         except BaseException:
-            self._release(attempt)
+            self._release(claim)
             raise
 
     def _claim(self, name: str) -> Path:
@@ -271,10 +289,10 @@ class RunDirectory:
         try:
             staged.abandon()
         finally:
-            self._release(staged.attempt)
+            self._release(staged.claim)
 
     def _check_held(self) -> None:
-        if not self._lock.is_held:
+        if self._is_closed or (self._lock is not None and not self._lock.is_held):
             raise WriteError(
                 "the run is not open for writing",
                 kind="closed",
@@ -312,7 +330,7 @@ class RunDirectory:
         except BaseException:
             self._move_back(superseded)
             raise
-        self._release(staged.attempt)
+        self._release(staged.claim)
         with translate_os_errors("make a checkpoint's name durable", published):
             self._filesystem.fsync_directory(self.path)
         self._tell_superseded(superseded)
@@ -402,4 +420,6 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let other writers in; more than once is fine."""
-        self._lock.release()
+        self._is_closed = True
+        if self._lock is not None:
+            self._lock.release()

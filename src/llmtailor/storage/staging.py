@@ -152,6 +152,7 @@ class StagedCheckpoint:
         self._directories: set[Path] = set()
         self._names: set[str] = set()
         self.path = attempt / target.name
+        """Where a trainer puts its small files."""
         try:
             with translate_os_errors("start a checkpoint", self.path):
                 filesystem.make_directory(attempt)
@@ -159,6 +160,11 @@ class StagedCheckpoint:
         except WriteError:
             self.abandon()
             raise
+
+    @property
+    def claim(self) -> Path:
+        """What in the staging directory belongs to the attempt."""
+        return self.attempt
 
     def create_file(self, name: str, nbytes: int) -> StagedFile:
         """Make a new file and reserve its room.

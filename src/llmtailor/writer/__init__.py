@@ -1,5 +1,6 @@
 """From live tensors to a published checkpoint, while training goes on."""
 
+from .ballot import Ballot
 from .coded_images import CodedImage, code_layer
 from .engine import Engine
 from .handle import Durability, SaveHandle, SaveStats
@@ -9,6 +10,7 @@ from .life import SaveState, WhenBusy, admit
 from .mirror import Mirror, MirrorHandle
 
 __all__ = [
+    "Ballot",
     "CodedImage",
     "Durability",
     "Engine",

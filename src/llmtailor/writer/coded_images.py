@@ -58,7 +58,7 @@ class CodedImage:
     @property
     def weights_of_masters(self) -> Mapping[str, tuple[str, torch.Tensor]]:
         """Of each master that is not kept as it is, by key: fqn and live tensor of its weight."""
-        weights = self.live.weights
+        weights = self.live.whole_weights
         tensors = {stored.name: tensor for stored, tensor in zip(weights.layout.tensors, weights.tensors, strict=True)}
         coded = {key: fqn for fqn, key in self.live.masters.items() if self.codes[key].codec != "exact"}
         return {key: (fqn, tensors[fqn]) for key, fqn in coded.items()}
@@ -76,12 +76,12 @@ class CodedImage:
 
     @property
     def stem(self) -> str:
-        return self.live.weights.name.removeprefix("model-").removesuffix(".safetensors")
+        return self.live.whole_weights.name.removeprefix("model-").removesuffix(".safetensors")
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of all files that are written unless encoding fails."""
-        return (self.name,) if self.base == "exact" else (self.live.weights.name, self.name)
+        return (self.name,) if self.base == "exact" else (self.live.whole_weights.name, self.name)
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +96,7 @@ class CodedImage:
         """Of the weights file, if it is written anew."""
         of_weights = (each for key, each in self.codes.items() if component_of(key) is Component.WEIGHTS)
         halved = sum(each.meta.nbytes // 2 for each in of_weights if each.base == "rounded")
-        return self.live.weights.nbytes - halved
+        return self.live.whole_weights.nbytes - halved
 
     def hold(self) -> CodedImage:
         """As ``LayerImage.hold``."""
@@ -112,10 +112,10 @@ class CodedImage:
 
 def code_layer(live: LayerImage, rest: Rest) -> CodedImage | None:
     """Plan the codes of a layer; None if they would not be worth it."""
-    if any(stored.name.startswith("state.") for stored in live.weights.layout.tensors):
+    if any(stored.name.startswith("state.") for stored in live.whole_weights.layout.tensors):
         return None  # in a codes file nobody could tell such weights from optimizer state
     planned: dict[str, StoredCodes] = {}
-    metas = {stored.name: stored.meta for stored in live.weights.layout.tensors}
+    metas = {stored.name: stored.meta for stored in live.whole_weights.layout.tensors}
     weights = {key: metas[fqn] for fqn, key in live.masters.items()}
     for file in live.files:
         for stored in file.layout.tensors:
@@ -155,6 +155,6 @@ def codes_image(
 
 def rounded_image(coded: CodedImage, rounded: Mapping[str, torch.Tensor]) -> FileImage:
     """The weights file whose coded tensors are rounded; by fqn."""
-    weights = coded.live.weights
+    weights = coded.live.whole_weights
     pairs = zip(weights.layout.tensors, weights.tensors, strict=True)
     return weights_image(coded.stem, {stored.name: rounded.get(stored.name, tensor) for stored, tensor in pairs})

@@ -23,11 +23,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import WriteError
-from ..manifest import FileRecord, LayerRecord, encode_manifest
-from ..storage import FileReader, RunDirectory, pad
+from ..errors import TailorError, WriteError
+from ..manifest import FileRecord, LayerRecord, Manifest, encode_manifest
+from ..storage import FileReader, RunDirectory, SharedCheckpoint, pad
 from ..storage.staging import translate_os_errors
 from ..strategies import ERROR_LIMIT, NO_BASE
+from .ballot import Ballot
 from .base_file import BaseFile, BaseLayer
 from .coded_images import CodedImage
 from .coding import EncodedLayer, LayerEncoder
@@ -326,19 +327,47 @@ class Engine:
         handle.advance(SaveState.WRITTEN)
         written = saving.written_layers()
         for link in job.plan_links(written):
-            staged.link_file(link.record, link.source)
+            try:
+                staged.link_file(link.record, link.source)
+            except TailorError as err:
+                err.layer = link.layer
+                raise
         manifest = job.build_manifest(written, staged.adopt_rest(), saving.cost())
         saving.raise_if_failed()
-        encoded, digest = encode_manifest(manifest)
-        staged.seal(encoded)
-        handle.advance(SaveState.COMMITTED)
-        path = self._run.publish(staged, job.step, is_first=job.is_first())
+        if job.ballot is None:
+            path, digest = self._publish(saving, manifest)
+        else:
+            path, manifest, digest = self._publish_together(saving, manifest, job.ballot)
         job.on_published(path, manifest, digest)
         handle.publish(path, manifest, saving.stats(manifest))
         return path
 
+    def _publish(self, saving: Saving, manifest: Manifest) -> tuple[Path, str]:
+        """Make a checkpoint durable and visible; its directory and the manifest's digest."""
+        encoded, digest = encode_manifest(manifest)
+        saving.staged.seal(encoded)
+        saving.handle.advance(SaveState.COMMITTED)
+        return self._run.publish(saving.staged, saving.job.step, is_first=saving.job.is_first()), digest
+
+    def _publish_together(self, saving: Saving, own: Manifest, ballot: Ballot) -> tuple[Path, Manifest, str]:
+        """The same by the vote of all ranks; on the coordinator with the whole manifest."""
+        staged = saving.staged
+        assert isinstance(staged, SharedCheckpoint)
+        ballot.cast(staged, own)
+        if not ballot.ranks.is_coordinator:
+            outcome = ballot.wait(own)
+            saving.handle.advance(SaveState.COMMITTED)
+            self._run.abandon(staged)  # its files are in the checkpoint; what is left are empty directories
+            return staged.target, outcome.manifest, outcome.digest
+        manifest = ballot.count(staged, own)
+        path, digest = self._publish(saving, manifest)
+        ballot.announce(manifest, digest)
+        return path, manifest, digest
+
     def _end_failed(self, saving: Saving, error: BaseException) -> None:
         # Whatever else goes wrong, whoever waits is told, and this thread goes on to the next save.
+        if saving.job.ballot is not None:
+            saving.job.ballot.fail(error)
         try:
             self._run.abandon(saving.staged)
         except BaseException:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..codecs import Component, Deviation
 from ..manifest import FileRecord, LayerRecord, Manifest
 from ..storage import StagedCheckpoint, pad
+from .ballot import Ballot
 from .coded_images import Base, CodedImage
 from .images import LayerImage
 
@@ -21,6 +22,7 @@ class LinkedFile:
 
     record: FileRecord
     source: Path
+    layer: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,8 @@ class SaveJob:
     """Told of the checkpoint's directory, manifest and manifest's digest, before its handle is; must not raise."""
     tidy_up: Callable[[Path], None]
     """Called after that with the directory; may take its time, must not raise."""
+    ballot: Ballot | None = None
+    """Where many ranks write one checkpoint: how they agree on it. ``staged`` then is this rank's part."""
 
     @property
     def padded_nbytes(self) -> int:

@@ -56,7 +56,7 @@ def pack_masters(
     if not codes:
         return image.files
     metadata = {**optimizer.layout.metadata, CODES_KEY: record_codes(codes)}
-    return image.weights, plan_image(optimizer.name, tensors, metadata, are_lazy=())
+    return image.whole_weights, plan_image(optimizer.name, tensors, metadata, are_lazy=())
 
 
 def _pack(

@@ -69,7 +69,7 @@ class Saving:
         """Layers that were to be coded: the codes, or why they were written exactly."""
         files = [file for image in job.images for file in image.sources]
         self._watches: Mapping[str, Sequence[Watch]] = {
-            file.name: [watch(tensor) for tensor in file.referred] for file in files
+            file.name: [watch(*each) for each in file.referred] for file in files
         }
         self.fences: Fences = fence(tensor for file in files for tensor in file.tensors)
 
@@ -223,7 +223,7 @@ class Saving:
         if isinstance(outcome, str):
             return self._written_exactly(image.live, outcome)
         return WrittenLayer(
-            weights=self._records.get((image.layer, image.live.weights.name)),
+            weights=self._records.get((image.layer, image.live.whole_weights.name)),
             optimizer=None,
             update_count=image.live.count_updates(),
             codes=WrittenCodes(
@@ -236,9 +236,9 @@ class Saving:
         )
 
     def _written_exactly(self, image: LayerImage, reason: str | None) -> WrittenLayer:
-        optimizer = image.optimizer
+        weights, optimizer = image.weights, image.optimizer
         return WrittenLayer(
-            weights=self._records[image.layer, image.weights.name],
+            weights=None if weights is None else self._records[image.layer, weights.name],
             optimizer=None if optimizer is None else self._records[image.layer, optimizer.name],
             update_count=image.count_updates(),
             reason=reason,

@@ -11,8 +11,12 @@ it can be:
 
 What is left: a write through ``.data`` that misses the sample, or that goes to a device.
 
+Operations on a ``DTensor`` are counted by it, and not by the part of it that is here; what is written to the part alone
+is counted by that. So both are looked at. Forward and backward change neither: FSDP2 gathers into other memory.
+
 Source: torch 2.13, docs/source/notes/autograd.rst (In-place correctness checks: version counters); a fused AdamW step
-and writes through ``.data`` leave the counter as it is, seen with torch 2.13.
+and writes through ``.data`` leave the counter as it is, as does any operation on a DTensor that of its local tensor
+(dispatched below ADInplaceOrView, which counts): seen with torch 2.13.
 """
 
 from __future__ import annotations
@@ -33,7 +37,10 @@ class Watch:
     """A tensor as it was when it was to be saved."""
 
     tensor: torch.Tensor
-    version: int | None
+    whole: torch.Tensor
+    """The ``DTensor`` that it is the part of; itself, if it is plain."""
+    versions: tuple[int | None, int | None]
+    """Of both."""
     address: int
     sample: bytes | None
 
@@ -46,13 +53,30 @@ class Watch:
         """True if it is known not to be what it was."""
         if self.has_moved():
             return True
-        return _version(self.tensor) != self.version or _sample(self.tensor, self.address) != self.sample
+        return _versions(self.tensor, self.whole) != self.versions or _sample(self.tensor, self.address) != self.sample
 
 
-def watch(tensor: torch.Tensor) -> Watch:
-    """Note what a tensor of at least 32 bytes is now; waits for no device."""
+def watch(tensor: torch.Tensor, whole: torch.Tensor | None = None) -> Watch:
+    """Note what a tensor is now; waits for no device.
+
+    Args:
+        tensor: Plain, of at least 32 bytes.
+        whole: The ``DTensor`` that it is the part of, or nothing.
+    """
     address = tensor.data_ptr()
-    return Watch(tensor=tensor, version=_version(tensor), address=address, sample=_sample(tensor, address))
+    whole = tensor if whole is None else whole
+    return Watch(
+        tensor=tensor,
+        whole=whole,
+        versions=_versions(tensor, whole),
+        address=address,
+        sample=_sample(tensor, address),
+    )
+
+
+def _versions(tensor: torch.Tensor, whole: torch.Tensor) -> tuple[int | None, int | None]:
+    own = _version(tensor)
+    return own, own if whole is tensor else _version(whole)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

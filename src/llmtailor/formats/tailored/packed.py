@@ -46,13 +46,15 @@ def read_packed(path: Path | str, header: Header) -> Mapping[str, StoredCodes]:
 
 
 def check_packed(path: Path | str, manifest: Manifest, layer: LayerRecord, packed: Mapping[str, StoredCodes]) -> None:
-    """Raise unless all that an optimizer file holds in pieces are masters of BF16 weights of its layer.
+    """Raise unless all that an optimizer file holds in pieces are masters of BF16 weights in its layer's weights file.
 
     Raises:
         FormatError: They are not.
     """
     if not packed:
         return
+    if layer.weights is None:
+        raise _refuse(path, next(iter(packed)), "no codes: the layer's weights are in parts", f"{_CODEC} codes")
     held = {each.fqn: each for each in manifest.tensors if each.layer == layer.name and each.tied_to is None}
     for key, stored in packed.items():
         weight = held.get(split_state_key(key)[0]) if component_of(key) is Component.MASTER else None

@@ -12,15 +12,25 @@ from ...catalog import Catalog, GroupRef, OptimizerRef, SmallFile, StateRef
 from ...errors import FormatError, IntegrityError, NotFoundError
 from ...layers import Layer, LayerKind, LayerMap
 from ...manifest import INDEX_NAME, MANIFEST_NAME, FileRecord, LayerRecord, Manifest, TensorRecord, decode_manifest
-from ...state_keys import NOTES_KEY, split_state_key
+from ...state_keys import split_state_key
 from ...state_tree import Note
-from ...strict_json import parse_object
 from ...tensor_refs import Extent, FileTensor, TensorRef
 from ...tensors import TensorMeta
 from ..safetensors import Header, open_file
 from ..source_files import open_source
 from .codes import LayerCodes, check_state_base, read_codes_header, state_refs, weights_metas, weights_refs
 from .packed import check_packed, read_packed, unpack_refs
+from .parts import (
+    Kind,
+    LayerFile,
+    check_names,
+    check_part,
+    join_files,
+    join_notes,
+    join_refs,
+    open_layer_file,
+    read_notes,
+)
 
 __all__ = ["open_tailored", "read_manifest"]
 
@@ -111,8 +121,14 @@ def open_tailored(path: Path) -> Catalog:
         ),
         layer_steps={layer.name: layer.state_step for layer in manifest.layers},
         update_counts={layer.name: layer.state_update_count for layer in manifest.layers},
-        # No codes file: one whose codes are all exact may look like the optimizer file that it stands for.
-        published={root / file.path: file for layer in manifest.layers for file in layer.plain_files},
+        # No codes file: one whose codes are all exact may look like the optimizer file that it stands for. No parts of
+        # layers: nothing that is written from here is in parts.
+        published={
+            root / file.path: file
+            for layer in manifest.layers
+            for file in (layer.weights, layer.optimizer)
+            if file is not None
+        },
         cut=_layer_map(manifest, held),
         files=tuple(_small_file(root, file) for file in manifest.files if file.path != INDEX_NAME),
         native=manifest,
@@ -199,15 +215,20 @@ class _LayerFiles:
             weights, state = self._read_bases(layer, codes) if is_relative else ({}, {})
             return _join_states(state_refs(codes, arrays, weights, state), codes.notes)
         if layer.optimizer is None:
-            return {}
+            parts = self._open_parts(layer, layer.optimizer_files, "optimizer")
+            metas = join_files(self._root, layer, parts, None)
+            return _join_states(join_refs(self._root, parts, metas), join_notes(parts))
         path, header = self._open(layer.optimizer)
-        text = header.metadata.get(NOTES_KEY)
-        notes = parse_object(text.encode(), what="notes of an optimizer file", path=path) if text else {}
-        tensors = self._unpack(layer, path, header)
-        fqns = {tensor.fqn for tensor in self._held[name]}
-        for key in (*tensors, *notes):
-            _check_state_key(key, fqns, path)
-        return _join_states(tensors, notes)
+        open_layer_file(path, header, is_part=False)
+        check_names(path, header, {tensor.fqn: tensor for tensor in self._held[name]})
+        return _join_states(self._unpack(layer, path, header), read_notes(path, header))
+
+    def _open_parts(self, layer: LayerRecord, records: Sequence[FileRecord], kind: Kind) -> list[LayerFile]:
+        """The files of each rank that holds some of a layer's weights, or of its optimizer state."""
+        parts = [open_layer_file(*self._open(record), is_part=True) for record in records]
+        for part in parts:
+            check_part(part, self._manifest, layer, kind)
+        return parts
 
     def _read_bases(
         self, layer: LayerRecord, codes: LayerCodes
@@ -229,7 +250,11 @@ class _LayerFiles:
         return unpack_refs(_tensors_of(path, header), packed, weights)
 
     def _read_weights_file(self, layer: LayerRecord, expected: Mapping[str, TensorMeta]) -> Mapping[str, FileTensor]:
+        if layer.weights is None:
+            parts = self._open_parts(layer, layer.weights_files, "weights")
+            return join_refs(self._root, parts, join_files(self._root, layer, parts, expected))
         path, header = self._open(layer.weights)
+        open_layer_file(path, header, is_part=False)
         found = _tensors_of(path, header)
         for fqn in sorted(expected.keys() | found.keys()):
             if fqn not in expected or fqn not in found or found[fqn].meta != expected[fqn]:
@@ -279,14 +304,6 @@ def _join_states(tensors: Mapping[str, TensorRef], notes: Mapping[str, Note]) ->
         notes_of[fqn][leaf] = note
     fqns = sorted(tensors_of.keys() | notes_of.keys())
     return {fqn: StateRef(tensors=tensors_of.get(fqn, {}), notes=notes_of.get(fqn, {})) for fqn in fqns}
-
-
-def _check_state_key(key: str, fqns: set[str], path: Path) -> None:
-    fqn, _ = split_state_key(key)
-    if fqn not in fqns:
-        raise FormatError(
-            "an optimizer file holds state of a parameter that is not of its layer", kind="schema", path=path, fqn=fqn
-        )
 
 
 def _tensors_of(path: Path, header: Header) -> Mapping[str, FileTensor]:

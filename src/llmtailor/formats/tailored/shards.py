@@ -29,9 +29,10 @@ def encode_shards(shards: Mapping[str, Shard]) -> dict[str, str]:
     Args:
         shards: Of every tensor of the file, by name.
     """
-    if all(shard.is_whole and not shard.is_run for shard in shards.values()):
+    # Not ``is_whole``: what a rank holds of a tensor without elements has another shape than that.
+    ours = {name: _encode(shard) for name, shard in shards.items() if shard.is_run or shard.sizes != shard.shape}
+    if not ours:
         return {}
-    ours = {name: _encode(shard) for name, shard in shards.items() if shard.is_run or not shard.is_whole}
     dcp = {name: {"saved_offsets": list(shard.offsets)} for name, shard in shards.items()}
     return {SHARDS_KEY: json.dumps(dict(sorted(ours.items()))), DCP_KEY: json.dumps(dict(sorted(dcp.items())))}
 
@@ -45,16 +46,27 @@ def read_shards(path: Path, header: Header) -> dict[str, Shard]:
     """What each tensor of a file is a part of; the whole of it, if the file does not say.
 
     Raises:
-        FormatError: The file says what cannot be.
+        FormatError: The file says what cannot be, or one thing to us and another to torch.
     """
     text = header.metadata.get(SHARDS_KEY)
     told = parse_object(text.encode(), what="shards of a file", path=path) if text else {}
     if unknown := sorted(told.keys() - header.tensors.keys()):
         raise _refuse(path, unknown[0], "a tensor of the file", "none of that name")
-    return {
+    shards = {
         name: _decode(path, name, told[name], stored.meta.shape) if name in told else whole_shard(stored.meta.shape)
         for name, stored in header.tensors.items()
     }
+    _check_dcp(path, header.metadata.get(DCP_KEY), encode_shards(shards).get(DCP_KEY))
+    return shards
+
+
+def _check_dcp(path: Path, found: str | None, expected: str | None) -> None:
+    told, ours = (
+        parse_object(text.encode(), what=DCP_KEY, path=path) if text is not None else {} for text in (found, expected)
+    )
+    for name in sorted(told.keys() | ours.keys()):
+        if told.get(name) != ours.get(name):
+            raise _refuse(path, name, f"{ours.get(name)} in {DCP_KEY}", told.get(name))
 
 
 def _decode(path: Path, name: str, told: Any, sizes: tuple[int, ...]) -> Shard:

@@ -1,0 +1,96 @@
+"""How a run's checkpoints are written: the options that are the same for every integration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict, cast
+
+from .codecs import Rest
+from .errors import InvalidInputError, UnsupportedError
+from .writer import Durability, WhenBusy
+
+__all__ = ["DEFAULT_COMMIT_TIMEOUT_SECS", "EngineOptions", "check_options", "check_rank_options", "engine_options"]
+
+DEFAULT_COMMIT_TIMEOUT_SECS = 600.0
+
+
+class EngineOptions(TypedDict, total=False):
+    """How a run's checkpoints are written; the same for every integration."""
+
+    capture: Literal["lazy", "blocking"]
+    """"lazy" (default) copies the state while training goes on, up to the next optimizer step; "blocking" before
+    ``save`` returns."""
+    pool_nbytes: int | None
+    """Host memory for state on its way to the disk. None (default) takes what one save needs, up to a quarter of the
+    free memory. A smaller pool works, and makes optimizer steps wait for the disk."""
+    max_in_flight: int
+    """How many saves may be under way; 1 by default."""
+    when_busy: WhenBusy
+    """At that limit, a save waits ("wait", default) or is left out and counted ("skip")."""
+    mirror: Path | str | None
+    """A second directory, on another file system, that every checkpoint is copied to in the background."""
+    mirror_keep: int | None
+    """How many checkpoints to keep in the mirror; None (default) keeps all."""
+    rest: str | Rest | None
+    """What becomes of layers that the strategy does not choose: "skip" (default) leaves them as they were last saved;
+    "q8", "q4", "compact", "compact4" or "codes(...)" write them small instead, so that nothing is stale."""
+    spread_layers: bool
+    """On several ranks that all hold the whole state (DDP): deal the layers out to them, so that all write. False by
+    default: rank 0 writes. Shards are always written by the rank that holds them."""
+    commit_timeout_secs: float
+    """On several ranks: how long one that is done with a save waits for the others; 600 by default. Then the save is
+    given up, on all of them."""
+    durable: Durability
+    """What ``SaveHandle.result`` waits for: "local" (default), or "mirror", too. A copy that fails then counts as a
+    failed save."""
+
+
+def engine_options(options: Mapping[str, Any]) -> EngineOptions:
+    """Those of an integration's options that are the engine's."""
+    return cast(EngineOptions, {key: options[key] for key in EngineOptions.__annotations__ if key in options})
+
+
+def check_options(options: EngineOptions) -> None:
+    """Refuse options that make no sense, before anything is opened.
+
+    Raises:
+        InvalidInputError: Says which.
+    """
+    choices = {"capture": ("lazy", "blocking"), "when_busy": ("wait", "skip"), "durable": ("local", "mirror")}
+    given: Mapping[str, object] = {**options}
+    for name, values in choices.items():
+        if given.get(name, values[0]) not in values:
+            raise _refuse(name, " or ".join(map(repr, values)), given[name])
+    timeout = given.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < float("inf"):
+        raise _refuse("commit_timeout_secs", "seconds, more than 0", timeout)
+    in_flight = given.get("max_in_flight", 1)
+    if not isinstance(in_flight, int) or in_flight < 1:
+        raise _refuse("max_in_flight", "a number >= 1", in_flight)
+    if given.get("mirror") is None and (given.get("durable") == "mirror" or given.get("mirror_keep") is not None):
+        raise _refuse("mirror", "a directory, for durable='mirror' and mirror_keep are about it", None)
+
+
+def check_rank_options(options: EngineOptions) -> None:
+    """Refuse what several ranks cannot agree on: each plans by itself, with what must not depend on when it looks.
+
+    Raises:
+        UnsupportedError: Says which.
+    """
+    for name, value, only in (
+        ("max_in_flight", options.get("max_in_flight", 1), 1),
+        ("when_busy", options.get("when_busy", "wait"), "wait"),
+    ):
+        if value != only:
+            raise UnsupportedError(
+                f"{name}={value!r} is not supported on several ranks",
+                kind="ranks-option",
+                expected=repr(only),
+                found=repr(value),
+                hint="leave it out: the ranks would have to agree on what is in flight before each save",
+            )
+
+
+def _refuse(name: str, expected: str, found: object) -> InvalidInputError:
+    return InvalidInputError(f"{name} makes no sense", kind="option", expected=expected, found=repr(found))
