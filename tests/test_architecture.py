@@ -75,6 +75,7 @@ LEVELS = {
     "save_history": 5,
     "targets": 5,
     "tiers": 5,
+    "zero": 5,
     "integrations": 6,
     "reports": 7,
     "demo": 8,
@@ -93,8 +94,12 @@ SHARED_FILES = {
     "formats.source_files",
     "formats.torch_files",
     "integrations.batches",
+    "integrations.checkpoint_names",
+    "integrations.lightning_session",
     "integrations.preemption",
     "integrations.small_files",
+    "integrations.torch_loop",
+    "integrations.trainer_deepspeed",
     "integrations.trainer_files",
 }
 ASSEMBLING_FILES = {"cli.main"}

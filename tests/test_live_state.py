@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from llmtailor.live_state import LiveReader
+from llmtailor.local_parts import Seat
 from llmtailor.model_state import ModelReader, read_model
 from llmtailor.optimizer_state import StateReader, parameter_names
+from llmtailor.shards import Shard
+from llmtailor.writer import find_masters, optimizer_image, weights_image
+from llmtailor.writer.images import LayerImage
 
 
 def build() -> torch.nn.Module:
@@ -127,3 +131,38 @@ def test_images_are_made_anew_for_the_layer_that_changed_alone() -> None:
     changed = {layer for layer, image in again.items() if image is not first[layer]}
     assert len(changed) == 1
     assert reader.read(model, []).images[changed.pop()].optimizer is None
+
+
+@pytest.mark.parametrize("is_spread", [False, True])
+def test_layers_that_all_ranks_hold_are_written_by_their_owners_alone(is_spread: bool) -> None:
+    """In the files that one process writes, byte for byte."""
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer)
+    alone = LiveReader().read(model, [optimizer])
+    seats = [Seat(rank=rank, size=2, spread=is_spread) for rank in range(2)]
+    ranks = [LiveReader(seat=seat).read(model, [optimizer]) for seat in seats]
+    owners = [[rank for rank in range(2) if layer.name in ranks[rank].images] for layer in alone.layers]
+    assert owners == [[number % 2 if is_spread else 0] for number in range(3)]
+    written = {name: image for live in ranks for name, image in live.images.items()}
+    assert {name: described(image) for name, image in written.items()} == {
+        name: described(image) for name, image in alone.images.items()
+    }
+    assert all((live.nbytes, live.layout, live.layers) == (alone.nbytes, None, alone.layers) for live in ranks)
+
+
+def described(image: LayerImage) -> list[tuple[str, bytes, list[int]]]:
+    return [(file.name, file.layout.prefix, [tensor.data_ptr() for tensor in file.tensors]) for file in image.files]
+
+
+def test_masters_of_a_layer_in_parts_are_not_told_of() -> None:
+    weights, states = {"w": torch.ones(4, 2, dtype=torch.bfloat16)}, {"state.w.master_param": torch.ones(4, 2)}
+    shard = Shard(shape=(8, 2), offsets=(4, 0), sizes=(4, 2))
+    whole = weights_image("x", weights), optimizer_image("x", states, {})
+    parts = (
+        weights_image("x", weights, shards={"w": shard}, rank=1),
+        optimizer_image("x", states, {}, shards={"state.w.master_param": shard}, rank=1),
+    )
+    assert find_masters(*whole) == {"w": "state.w.master_param"}
+    for pair in ((whole[0], parts[1]), (parts[0], whole[1]), parts, (None, whole[1]), (whole[0], None)):
+        assert find_masters(*pair) == {}

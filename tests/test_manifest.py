@@ -12,12 +12,15 @@ from llmtailor.errors import FormatError, IntegrityError
 from llmtailor.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    EncodingRecord,
     FileRecord,
     GroupRecord,
     LayerRecord,
     Manifest,
     OptimizerRecord,
     Parent,
+    PartRecord,
+    World,
     decode_manifest,
     digest_of,
     encode_manifest,
@@ -231,6 +234,116 @@ def test_manifest_that_breaks_a_rule_is_refused_when_read(fault: str) -> None:
     assert text in str(error)
 
 
+# Layers in parts
+
+
+def part(rank: int, *, weights: bool = True, optimizer: bool = True) -> PartRecord:
+    return PartRecord(
+        rank=rank,
+        weights=file(f"model-norm.rank-{rank:05}.safetensors") if weights else None,
+        optimizer=file(f"optimizer/norm.rank-{rank:05}.safetensors") if optimizer else None,
+    )
+
+
+SHARDED = World(size=2, sharding="sharded", layout=DIGEST)
+
+
+def in_parts(*parts: PartRecord, world: World = SHARDED, **changes: Any) -> Manifest:
+    last = layer("norm", **{"weights": None, "optimizer": None, "parts": parts, **changes})
+    return manifest(layers=(*map(layer, LAYERS[:-1]), last), world=world)
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes"),
+    [
+        ((part(0), part(1)), {}),
+        ((part(1),), {}),
+        ((part(0, optimizer=False), part(1, weights=False)), {}),
+        ((part(0, weights=False), part(1, weights=False)), {"weights": file("model-norm.safetensors")}),
+        ((part(0, optimizer=False),), {"optimizer": file("optimizer/norm.safetensors")}),
+        ((part(0, optimizer=False),), {"update_count": None}),
+    ],
+    ids=["both", "one rank", "one of each", "weights are whole", "state is whole", "no state"],
+)
+def test_a_layer_may_be_in_parts(parts: tuple[PartRecord, ...], changes: dict[str, Any]) -> None:
+    written = in_parts(*parts, **changes)
+    text, digest = encode_manifest(written)
+    assert decode_manifest(text, "x") == (written, digest)
+    assert [each for each in written.all_files if "rank" in each.path] == [
+        *(each.weights for each in parts if each.weights),
+        *(each.optimizer for each in parts if each.optimizer),
+    ]
+
+
+def test_a_manifest_without_parts_does_not_mention_them() -> None:
+    text, _ = encode_manifest(manifest())
+    assert b"parts" not in text
+    assert b"layout" not in text
+
+
+UNSORTED, TWICE = (part(1), part(0)), (part(0), part(0, optimizer=False))
+BROKEN_PARTS: dict[str, tuple[tuple[PartRecord, ...], dict[str, Any], str]] = {
+    "no weights": ((part(0, weights=False),), {}, "layer 'norm' has no weights"),
+    "no file at all": ((), {"update_count": None}, "layer 'norm' has no weights"),
+    "a part without a file": (
+        (part(0), part(1, weights=False, optimizer=False)),
+        {},
+        "a part of layer 'norm' has no file",
+    ),
+    "weights whole and in parts": ((part(0),), {"weights": file("model-norm.safetensors")}, "both whole and in parts"),
+    "state whole and in parts": (
+        (part(0),),
+        {"optimizer": file("optimizer/norm.safetensors")},
+        "its optimizer state both whole and in parts",
+    ),
+    "unsorted": (UNSORTED, {}, "must be in order of ranks"),
+    "twice": (TWICE, {}, "must be in order of ranks"),
+    "a rank that is not there": ((part(2),), {}, "each below 2"),
+    "not sharded": ((part(0),), {"world": World(size=2, sharding="none", layout=DIGEST)}, "the world is not sharded"),
+    "no layout": ((part(0),), {"world": World(size=2, sharding="sharded")}, "or has no layout"),
+    "codes": (
+        (part(0),),
+        {
+            "encoding": EncodingRecord(
+                step=20, save_index=1, update_count=20, rest="q8", base="exact", codes=file("codes/norm"), errors={}
+            )
+        },
+        "both parts and codes",
+    ),
+    "an update count and no state": ((part(0, optimizer=False),), {}, "update count and no optimizer file"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_PARTS)
+def test_parts_that_break_a_rule_are_refused(fault: str) -> None:
+    parts, changes, text = BROKEN_PARTS[fault]
+    with pytest.raises(ValidationError) as caught:
+        in_parts(*parts, **changes)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("layers.3.parts.0.rank", -1),
+        ("layers.3.parts.0.rank", "0"),
+        ("layers.3.parts.0.rank", True),
+        ("layers.3.parts.0.weights.path", "../model.safetensors"),
+        ("layers.3.parts.0.more", 1),
+        ("layers.3.parts", {}),
+        ("world.size", 0),
+        ("world.sharding", "some"),
+        ("world.layout", "digest"),
+    ],
+)
+def test_words_about_parts_that_cannot_be_are_refused(path: str, value: Any) -> None:
+    fields = json.loads(encode_manifest(in_parts(part(0), part(1)))[0])
+    *above, last = [int(each) if each.isdecimal() else each for each in path.split(".")]
+    dig(fields, *above)[last] = value
+    del fields["digest"]
+    assert refuse(reseal(json.dumps(fields).encode()[:-1])).kind == "manifest-schema"
+
+
 def test_several_faults_are_told_together() -> None:
     with pytest.raises(ValidationError) as caught:
         manifest(files=tuple(file(name) for name in "aabbccddeeffgg"))
@@ -274,7 +387,7 @@ WRONG_VALUES = [
     ("optimizers.0.class", ""), ("optimizers.0.groups", None), ("optimizers.0.groups.0.parameters", [1]),
     ("optimizers.0.groups.0.options", []), ("optimizers.0.name", "AdamW"),
     ("layers.0.name", ""), ("layers.0.kind", "neck"), ("layers.0.step", -1), ("layers.0.drift", "1"),
-    ("layers.0.reason", ""), ("layers.0.reason", ...), ("layers.0.update_count", 1.5), ("layers.0.weights", None),
+    ("layers.0.reason", ""), ("layers.0.reason", ...), ("layers.0.update_count", 1.5),
     ("layers.0.weights.bytes", -1), ("layers.0.weights.digest", "xxh3_128:" + "A" * 32),
     ("layers.0.weights.digest", DIGEST + "\n"), ("layers.0.optimizer", ...), ("layers.0.secret", 1),
     ("files", None), ("files.0", "a.json"), ("files.0.bytes", "4"), ("files.0.mode", 0o777), ("unknown", 1),

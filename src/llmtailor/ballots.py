@@ -16,6 +16,10 @@ __all__ = ["Ballots"]
 
 logger = logging.getLogger(__name__)
 
+# Of saves whose messages could not be removed.
+_MAX_KEPT = 64
+_PART_SECS = 10.0
+
 
 class Ballots:
     """Called by the training thread of every rank, in the same order.
@@ -69,8 +73,9 @@ class Ballots:
         )
         self._keys.add(ballot.key)
         # A rank that was late looks for the verdict on the last save; those before that are done with.
-        kept = [each for each in self._ballots if not each.is_forgotten]
-        ballot.obsolete, self._ballots = kept[:-1], [*kept, ballot]
+        kept = [each for each in self._ballots if not each.is_forgotten][-_MAX_KEPT:]
+        ballot.obsolete = kept[:-1] if self._ranks.is_coordinator else ()
+        self._ballots = [*(kept if self._ranks.is_coordinator else ()), ballot]
         return ballot
 
     def fail(self, step: int, attempt: int, error: BaseException) -> None:
@@ -83,12 +88,22 @@ class Ballots:
         """Before a save is planned: hear what became of the last one."""
         if not self._ballots or (verdict := self._ballots[-1].peek()) is None:
             return
+        self._ballots[-1].tidy_up(verdict)
         self._lost = frozenset() if verdict.error is None else self._lost | set(verdict.lost)
         try:
             learn(verdict)
         except (NotFoundError, FormatError) as err:
             # The votes on the next save will say so, on every rank.
             logger.warning("checkpoint-%s is published and cannot be opened here: %s", verdict.parent_step, err)
+
+    def part(self) -> None:
+        """Before the run is closed: what the last save came to is heard of by all. Never raises.
+
+        Rank 0 may keep the store: if its process ended now, ranks that still listen would not learn that the
+        checkpoint is published.
+        """
+        if self._ballots and self._ranks.is_coordinator:
+            self._ballots[-1].wait_until_heard(min(_PART_SECS, self._timeout_secs))
 
 
 def _key(step: int, attempt: int) -> str:

@@ -83,7 +83,8 @@ class Checkpointer:
         layer_overrides: Layers of your own: name -> globs over parameter names.
         filesystem: For tests.
         ranks: The processes that train together; None if this one is alone.
-        reader: Reads the live state, where that is not torch's model and optimizers.
+        on_published: Called with the directory of each published checkpoint, by a thread of ours; on rank 0. What it
+            raises is logged.
         **options: See ``EngineOptions``.
 
     Raises:
@@ -104,7 +105,7 @@ class Checkpointer:
         layer_overrides: Mapping[str, Sequence[str]] | None = None,
         filesystem: LocalFileSystem | None = None,
         ranks: Ranks | None = None,
-        reader: StateReader | None = None,
+        on_published: Callable[[Path], None] | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         check_options(options)
@@ -119,9 +120,7 @@ class Checkpointer:
         if ranks is not None:
             seat = Seat(rank=ranks.rank, size=ranks.size, spread=options.get("spread_layers", False))
         self._seat = seat
-        self._reader: StateReader = reader or LiveReader(
-            split_experts=split_experts, overrides=layer_overrides, seat=seat
-        )
+        self._reader: StateReader = LiveReader(split_experts=split_experts, overrides=layer_overrides, seat=seat)
         self._options = options
         self._is_blocking = options.get("capture", "lazy") == "blocking"
         self._is_prepared = False
@@ -149,7 +148,7 @@ class Checkpointer:
         except BaseException:
             self._tiers.close()
             raise
-        self._lineage = Lineage(self._tiers, session, seat)
+        self._lineage = Lineage(self._tiers, session, seat, on_published=None if seat.rank else on_published)
         self._ballots: Ballots | None = None
         if ranks is not None:
             timeout_secs = options.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
@@ -163,6 +162,23 @@ class Checkpointer:
     @property
     def directory(self) -> Path:
         return self._directory
+
+    @property
+    def seat(self) -> Seat:
+        """Which rank this is."""
+        return self._seat
+
+    def read_with(self, reader: StateReader) -> None:
+        """Have something else read the live state, where that is not torch's model and optimizers."""
+        self._reader = reader
+
+    def write_pointer(self, name: str, text: str) -> None:
+        """Put a small file for other tools into the run's directory, durably; on rank 0, any thread.
+
+        Raises:
+            WriteError: The file there is as it was.
+        """
+        self._tiers.run.write_pointer(name, text)
 
     def read_model(self, module: torch.nn.Module) -> ModelState:
         """The model as this run saves it: its layers, schema and live tensors."""

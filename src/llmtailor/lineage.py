@@ -52,10 +52,18 @@ class Lineage:
         tiers: Where checkpoints of this run are. A parent from anywhere else is of another run.
         session: Text that is new each time a run is opened, and the same on every rank.
         seat: Which rank this is.
+        on_published: Told of each published checkpoint, after its handle is.
     """
 
-    def __init__(self, tiers: Tiers, session: str, seat: Seat = Seat()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        tiers: Tiers,
+        session: str,
+        seat: Seat = Seat(),  # noqa: B008
+        on_published: Callable[[Path], None] | None = None,
+    ) -> None:
         self._tiers = tiers
+        self._on_published = on_published
         self._session = session
         self.seat = seat
         self._num_branches = 0
@@ -213,9 +221,16 @@ class Lineage:
             build_manifest=build_manifest,
             is_first=lambda: not self._follows_own(),
             on_published=note_published,
-            tidy_up=lambda path: self._tiers.follow_up(path, handle, pinned),
+            tidy_up=lambda path: self._follow_up(path, handle, pinned),
             ballot=ballot,
         )
+
+    def _follow_up(self, path: Path, handle: SaveHandle, pinned: Collection[int]) -> None:
+        try:
+            if self._on_published is not None:
+                self._on_published(path)
+        finally:
+            self._tiers.follow_up(path, handle, pinned)
 
     def _in_flight(self) -> list[SavePlan]:
         self._planned = [(plan, handle) for plan, handle in self._planned if handle.state.is_in_flight]

@@ -2,9 +2,10 @@
 
 A file may hold a shard of a tensor, and another shard may be wanted: ``plan_filling`` says which bytes go where.
 
-    the same elements           straight into place
-    a run of bytes for a run    straight into place
-    anything else               gathered in host memory, one tensor at a time, and copied from there
+    the same elements                     straight into place
+    elements that lie end to end there    straight into place; of a target that is not contiguous, by way of as much
+                                          host memory
+    anything else                         gathered in host memory, one tensor at a time, and copied from there
 
 numpy moves what stays in host memory: a torch operation in a thread of ours would start a pool of threads of its own.
 """
@@ -80,7 +81,7 @@ def plan_filling(
             first, numel = (0, shard.numel) if run is None else run
             start = byte_range.start + first * dtype.itemsize
             found.append((ByteRange(start=start, end=start + numel * dtype.itemsize), view))
-            is_direct = is_direct and run is not None and view.is_contiguous()
+            is_direct = is_direct and run is not None
     found.sort(key=lambda item: item[0].start)
     is_direct = is_direct and all(one.end <= other.start for (one, _), (other, _) in itertools.pairwise(found))
     if is_direct or not found:

@@ -194,7 +194,11 @@ def contents(live: LiveLayers, *, is_held: bool = False) -> dict[str, bytes]:
     return {file.name: content(file) for image in images for file in image.files}
 
 
-def check_reading_again(reader: LiveReader, model: Model, optimizer: torch.optim.Optimizer) -> None:
+def new_reader(case: str) -> LiveReader:
+    return LiveReader(seat=Seat(rank=dist.get_rank(), size=dist.get_world_size(), spread=case.endswith("-spread")))
+
+
+def check_reading_again(case: str, reader: LiveReader, model: Model, optimizer: torch.optim.Optimizer) -> None:
     first = reader.read(model, [optimizer])
     with torch.no_grad():
         model(torch.zeros(1, 2, dtype=torch.int64))  # FSDP2 leaves the root gathered
@@ -210,6 +214,22 @@ def check_reading_again(reader: LiveReader, model: Model, optimizer: torch.optim
     assert contents(moved) == contents(first)
     if "layers.0" in moved.images and moved.images["layers.0"].optimizer is not None:
         assert moved.images["layers.0"] is not first.images["layers.0"]
+    check_exchanged_memory(case, reader, model, optimizer, optimizer.state[parameter][leaf])
+
+
+def check_exchanged_memory(
+    case: str, reader: LiveReader, model: Model, optimizer: torch.optim.Optimizer, state: torch.Tensor
+) -> None:
+    """The same objects in other memory: that is what is read."""
+    before = contents(reader.read(model, [optimizer]))
+    model.layers[0]._apply(lambda tensor: tensor * 2)  # as ``model.to`` does
+    if isinstance(state, DTensor):
+        state._local_tensor = state._local_tensor * 2
+    else:
+        state.data = state.data * 2
+    after = contents(reader.read(model, [optimizer]))
+    assert after == contents(new_reader(case).read(model, [optimizer]))
+    assert {name for name in after if after[name] != before[name]} == {name for name in after if "layers.000" in name}
 
 
 def check_lazy_capture(live: LiveLayers, model: Model, optimizer: torch.optim.Optimizer) -> None:
@@ -303,7 +323,8 @@ def place(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, leaf: str, 
 
 def load_weights(target: Model, source: Model) -> None:
     with torch.no_grad():
-        for one, other in zip(target.parameters(), source.parameters(), strict=True):
+        pairs = zip([*target.parameters(), *target.buffers()], [*source.parameters(), *source.buffers()], strict=True)
+        for one, other in pairs:
             local_part(one).tensor.copy_(local_part(other).tensor)
 
 
@@ -335,12 +356,11 @@ def write(directory: Path, case: str, reader: LiveReader, model: Model, optimize
 
 def run_case(directory: Path, case: str) -> None:
     model, optimizer = build(case)
-    seat = Seat(rank=dist.get_rank(), size=dist.get_world_size(), spread=case.endswith("-spread"))
-    reader = LiveReader(seat=seat)
+    reader = new_reader(case)
     for seed in range(2):
         train_step(model, optimizer, seed)
     optimizer.state[model.layers[0].up.weight]["count"] = torch.tensor(3)
-    check_reading_again(reader, model, optimizer)
+    check_reading_again(case, reader, model, optimizer)
     check_lazy_capture(reader.read(model, [optimizer]), model, optimizer)
     check_counting(reader, model, optimizer)
     optimizer.state[model.layers[0].up.weight]["count"] = 4  # a number, which leaves a note

@@ -70,7 +70,11 @@ def build(framework: str, dtype: str) -> tuple[nn.Module, torch.optim.Optimizer]
     if framework == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     elif framework in ("fsdp", "hsdp"):
-        mesh = init_device_mesh("cpu", (size,)) if framework == "fsdp" else init_device_mesh("cpu", (size // 2, 2))
+        mesh = (
+            init_device_mesh("cpu", (size,))
+            if framework == "fsdp"
+            else init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("replicate", "shard"))
+        )
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)

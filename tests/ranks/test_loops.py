@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ranks.launch import run_ranks
 from llmtailor.checkpoint import open_checkpoint
 from llmtailor.verify import verify_checkpoint
+from ranks.launch import run_ranks
 
 PROGRAM = Path(__file__).parent / "loop_trainings.py"
 CASES = [
@@ -73,3 +74,52 @@ def test_every_checkpoint_verifies(resumed: Path, case: str) -> None:
         assert report.problems == ()
         assert report.unlisted == ()
     assert [path.name for path in (resumed / case / "_staging").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 4])
+def test_another_number_of_ranks_loads_the_same_state(resumed: Path, num_ranks: int, tmp_path: Path) -> None:
+    cases = ["fsdp-full-fp32", "fsdp-parity-bf16", "ddp-full-fp32"]
+    for case in cases:
+        shutil.copytree(resumed / case, tmp_path / case)
+        shutil.rmtree(tmp_path / case / "checkpoint-6")
+    run_ranks(PROGRAM, num_ranks, "reshard", tmp_path, *cases)
+    for case in cases:
+        found = read(tmp_path, case, f"resharded-{num_ranks}")
+        assert found["start"] == 4
+        # What two ranks gathered when they had loaded the same checkpoint, which the tests above hold against the truth.
+        assert found["loaded"] == read(resumed, case, "resumed")["loaded"]
+        manifest = open_checkpoint(tmp_path / case / "checkpoint-6").manifest
+        assert manifest.world.size == num_ranks
+        # Files of another cut are not linked; where nothing is cut, the number of ranks does not matter.
+        assert manifest.is_consistent == ("parity" not in case or case.startswith("fsdp"))
+        assert verify_checkpoint(tmp_path / case / "checkpoint-6").problems == ()
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("four")
+    run_ranks(PROGRAM, 4, "begin", directory, *FOUR, expected=(-9,))
+    run_ranks(PROGRAM, 4, "resume", directory, *FOUR)
+    return directory
+
+
+FOUR = ["fsdp_tp-full-fp32", "hsdp-full-bf16", "hsdp-parity-fp32", "tp-parity-fp32"]
+
+
+@pytest.mark.slow
+def test_meshes_of_two_dims(on_four: Path, tmp_path: Path) -> None:
+    for case in FOUR:
+        straight, found = read(on_four, case, "straight"), read(on_four, case, "resumed")
+        if "full" in case:
+            assert found["losses"] == straight["losses"][4:], case
+            assert found["final"] == straight["final"], case
+        for step in (2, 4, 6):
+            assert verify_checkpoint(on_four / case / f"checkpoint-{step}").problems == ()
+    # A mesh of two dims onto two ranks that are cut along one.
+    shutil.copytree(on_four / "hsdp-full-bf16", tmp_path / "fsdp-full-bf16")
+    shutil.rmtree(tmp_path / "fsdp-full-bf16" / "checkpoint-6")
+    run_ranks(PROGRAM, 2, "reshard", tmp_path, "fsdp-full-bf16")
+    assert (
+        read(tmp_path, "fsdp-full-bf16", "resharded-2")["loaded"]
+        == read(on_four, "hsdp-full-bf16", "resumed")["loaded"]
+    )

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from faults import flip_bit
-from llmtailor.checkpoint import Checkpoint
+from faults import flip_bit, overwrite
+from llmtailor.checkpoint import Checkpoint, open_checkpoint
+from llmtailor.checkpointer import Checkpointer
 from llmtailor.errors import FormatError, IncompatibleError, IncompleteError, IntegrityError, NotFoundError
 from llmtailor.formats.tailored.shards import DCP_KEY, SHARDS_KEY
 from llmtailor.load import Target, load_model, load_optimizers, plan_load, plan_targets, read_saved_states
-from llmtailor.manifest import FileRecord
+from llmtailor.manifest import MANIFEST_NAME, FileRecord, digest_of, encode_manifest
 from llmtailor.model_state import read_model
 from llmtailor.shards import Shard, whole_shard
 from llmtailor.state_keys import NOTES_KEY, state_key
@@ -32,6 +33,7 @@ from ranks.part_files import (
     boxes,
     columns,
     cut_checkpoint,
+    cut_file,
     make_optimizer,
     runs,
     save_whole,
@@ -366,7 +368,7 @@ def cut_model(model: Mixed, mesh_shape: tuple[int, ...]) -> None:
 SOME_CUTS = ("rows of 4", "columns of 3", "grid of 3 x 2", "runs of 5")
 
 
-@pytest.mark.parametrize("saved", [None, *map(CUTS.get, SOME_CUTS)], ids=["whole", *SOME_CUTS])
+@pytest.mark.parametrize("saved", [None, *(CUTS[name] for name in SOME_CUTS)], ids=["whole", *SOME_CUTS])
 @pytest.mark.parametrize("mesh", [(1,), (2,), (13,), (2, 2)], ids=str)
 def test_cut_models_are_loaded_from_any_cut(
     whole: Checkpoint,
@@ -404,3 +406,58 @@ def test_load_model_takes_parts(whole: Checkpoint, tmp_path: Path) -> None:
     model = Mixed(2)
     load_model(cut_checkpoint(whole, tmp_path / "checkpoint-7", columns(3)), read_model(model))
     assert_same(snapshot_model(model), snapshot_model(train(1)[0]))
+
+
+def test_a_rank_that_holds_nothing_has_the_optimizers_state_of_nothing(
+    whole: Checkpoint, tmp_path: Path, ranks: Callable[[int, int], None]
+) -> None:
+    """SGD's momentum alone: there is no count that every rank reads."""
+    model = Mixed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    checkpointer = Checkpointer(tmp_path / "run")
+    path = checkpointer.save(7, model, [optimizer], lambda directory: None).result()
+    checkpointer.close()
+    checkpoint = cut_checkpoint(open_checkpoint(path), tmp_path / "checkpoint-7", boxes(3))
+    ranks(12, 13)
+    other = Mixed(2)
+    cut_model(other, (13,))
+    momentum = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    read: list[FileRecord] = []
+    plan_load(checkpoint, read_model(other), [momentum]).fill(read.append)
+    assert not [file for file in read if "cube" in file.path]
+    buffer = momentum.state[other.cube]["momentum_buffer"]
+    assert (tuple(buffer.shape), buffer.to_local().numel()) == ((3, 5, 2), 0)
+
+
+def test_whole_models_read_every_file(whole: Checkpoint, tmp_path: Path) -> None:
+    checkpoint = cut_checkpoint(whole, tmp_path / "checkpoint-7", columns(3))
+    model, optimizer = train(2)
+    read: list[FileRecord] = []
+    plan_load(checkpoint, read_model(model), [optimizer]).fill(read.append)
+    listed = [file.path for layer in checkpoint.manifest.layers for file in layer.files]
+    assert sorted(file.path for file in read) == sorted(listed)
+    read.clear()
+    plan_load(whole, read_model(model), [optimizer]).fill(read.append)
+    listed = [file.path for layer in whole.manifest.layers for file in layer.files]
+    assert "model-empty.safetensors" in listed
+    assert sorted(file.path for file in read) == sorted(listed)
+
+
+def test_a_whole_file_that_says_it_holds_shards_is_refused(whole: Checkpoint, tmp_path: Path) -> None:
+    """Of a layer whose state alone is in parts, the weights must be whole."""
+    checkpoint = cut_checkpoint(whole, tmp_path / "checkpoint-7", boxes(3), kinds=("optimizer",))
+    layer = next(each for each in checkpoint.manifest.layers if each.name == "cube")
+    assert layer.weights is not None
+    (part,) = [file for file in cut_file(checkpoint.path / layer.weights.path, runs(1)) if file.tensors]
+    content = part.encode()
+    overwrite(checkpoint.path / layer.weights.path, content)
+    record = FileRecord(path=layer.weights.path, bytes=len(content), digest=digest_of(content))
+    layers = [
+        each.model_copy(update={"weights": record}) if each is layer else each for each in checkpoint.manifest.layers
+    ]
+    manifest = checkpoint.manifest.model_copy(update={"layers": tuple(layers)})
+    overwrite(checkpoint.path / MANIFEST_NAME, encode_manifest(manifest)[0])
+    assert_refused(open_checkpoint(checkpoint.path), FormatError)

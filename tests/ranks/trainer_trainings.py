@@ -54,6 +54,15 @@ class Loaded(TrainerCallback):
 
 def gather(trainer: Any) -> dict[str, torch.Tensor]:
     """The whole state by name, on every rank."""
+    if trainer.is_deepspeed_enabled:
+        from llmtailor.zero import read_zero
+        from ranks.zero_states import assemble
+
+        state = read_zero(trainer.model_wrapped)
+        own = {name: (part.tensor.detach().clone(), part.shard) for name, part in state.parts.items()}
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, own)
+        return assemble(state.metas, everywhere)
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     found: dict[str, torch.Tensor] = {}
     for name, tensor in [*trainer.model.named_parameters(), *trainer.model.named_buffers()]:
@@ -75,6 +84,8 @@ def build(directory: Path, case: str, *, stop: int | None = None, callback: Any 
                 "state_dict_type": "SHARDED_STATE_DICT",
             },
         }
+    if framework.startswith("zero"):
+        options |= {"deepspeed": zero_config(int(framework[-1]), dtype)}
     trainer = build_trainer(
         directory,
         model=build_llama(num_layers=3, tied="tied" in case),
@@ -85,6 +96,23 @@ def build(directory: Path, case: str, *, stop: int | None = None, callback: Any 
     if callback is not None:
         callback.trainer = trainer
     return trainer
+
+
+def zero_config(stage: int, dtype: str) -> dict[str, Any]:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # or the next case would train at the stage of the first
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bf16"},
+        "steps_per_print": 10**9,
+    }
 
 
 def tailored(directory: Path, case: str, **options: Any) -> Trainer:
@@ -132,7 +160,14 @@ def main() -> None:
     verb, directory, cases = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     if any(case.startswith("fsdp") for case in cases):
         shard_on_cpu()
-    dist.init_process_group("gloo")
+    if any(case.startswith("zero") for case in cases):
+        import deepspeed
+        import deepspeed.comm.torch
+
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # it would be compiled, see merge/
+        deepspeed.init_distributed(dist_backend="gloo")
+    else:
+        dist.init_process_group("gloo")
     for case in cases:
         if verb == "begin":
             begin(directory, case)

@@ -61,9 +61,10 @@ class Run:
         run.close()
 
     Saved in full every time: scheduler, gradient scaler, random numbers, data position (``batches``) and ``state``.
-    On several processes (``torchrun``) every one makes its ``Run`` after ``init_process_group``, for the same directory,
-    and calls the same methods at the same steps: under DistributedDataParallel, FSDP2 (``fully_shard``) and tensor
-    parallelism. Each rank saves what it holds; random numbers and data position are kept for each, ``state`` is rank 0's.
+    On several processes (``torchrun``) every one makes its ``Run`` after ``init_process_group``, for the same
+    directory, and calls the same methods at the same steps: under DistributedDataParallel, FSDP2 (``fully_shard``) and
+    tensor parallelism. Each rank saves what it holds; random numbers and data position are kept for each, and of
+    ``state`` what rank 0 has.
 
     Call it after the optimizer's step. A save returns at once and goes on in the background; the
     optimizer's next step waits until the state is captured. Whatever else changes parameters in place between two
@@ -83,8 +84,8 @@ class Run:
         split_experts: Every expert of a block is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
         **options: ``rest``, ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``,
-            ``mirror_keep``, ``durable``, ``spread_layers``, ``commit_timeout_secs``: see ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see
-            ``PreemptionOptions``.
+            ``mirror_keep``, ``durable``, ``spread_layers``, ``commit_timeout_secs``: see ``EngineOptions``;
+            ``on_sigterm``, ``grace_secs``: see ``PreemptionOptions``.
 
     Raises:
         InvalidInputError: An unknown strategy, an option that makes no sense, or a name in ``state`` that is taken.

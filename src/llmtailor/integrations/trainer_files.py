@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..checkpoint import Checkpoint
 from ..errors import IncompleteError
+from ..formats.deepspeed.engine_state import ENGINE_STATE_NAME
 from ..manifest import MANIFEST_NAME
 
 __all__ = ["is_ours", "is_stock", "make_writable", "require_trainer", "without_progress_bars"]
@@ -35,7 +36,9 @@ def require_trainer(checkpoint: Checkpoint) -> None:
     Raises:
         IncompleteError: It lacks what stock code reads when it resumes.
     """
-    missing = [name for name in (TRAINER_STATE_NAME, SCHEDULER_NAME) if not (checkpoint.path / name).is_file()]
+    has_engine = (checkpoint.path / ENGINE_STATE_NAME).is_file()  # DeepSpeed's may have the scheduler
+    names = (TRAINER_STATE_NAME,) if has_engine else (TRAINER_STATE_NAME, SCHEDULER_NAME)
+    missing = [name for name in names if not (checkpoint.path / name).is_file()]
     if missing:
         raise IncompleteError(
             "the checkpoint was not saved by a Trainer",

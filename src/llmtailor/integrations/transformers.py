@@ -57,6 +57,7 @@ from ..storage import checkpoint_name
 from ..strategies import SaveContext, Strategy, parse_strategy
 from ..writer import SaveHandle
 from .preemption import Preemption, PreemptionOptions, preemption_options
+from .trainer_deepspeed import EngineOfTrainer, save_engine
 from .trainer_files import is_ours, is_stock, make_writable, require_trainer, without_progress_bars
 
 __all__ = ["TailorMixin", "TailorOptions", "tailor"]
@@ -90,7 +91,7 @@ else:
     _Base = object
 
 
-class TailorMixin(_Base):
+class TailorMixin(EngineOfTrainer, _Base):
     """Put it before a Trainer class: ``class Mine(TailorMixin, SFTTrainer)``; then ``Mine(..., strategy="parity")``.
 
     ``save_steps``, ``save_total_limit``, ``save_only_model``, ``load_best_model_at_end`` and
@@ -170,6 +171,7 @@ class TailorMixin(_Base):
             ranks=join_ranks(),
             **engine_options(options),
         )
+        self._tailor_bind_engine()
         return self._tailor_checkpointer
 
     def _tailor_find(self, checkpointer: Checkpointer, wanted: str | bool | None) -> str | None:
@@ -363,6 +365,8 @@ class TailorMixin(_Base):
             return
         if not self.args.should_save:
             return
+        if self.is_deepspeed_enabled and save_engine(self.deepspeed, self._tailor_staged):
+            return
         assert self.lr_scheduler is not None
         with warnings.catch_warnings():
             # torch tells people to save the optimizer as well; we do, elsewhere.
@@ -391,6 +395,9 @@ class TailorMixin(_Base):
         path, optimizer = Path(checkpoint), self.optimizer
         assert optimizer is not None
         assert self.lr_scheduler is not None
+        if self.is_deepspeed_enabled:  # the engine has loaded all but a scheduler of the Trainer's own
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
         self._tailor_together(lambda: load_optimizers(open_checkpoint(path), read_model(_module(self)), [optimizer]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
@@ -398,7 +405,7 @@ class TailorMixin(_Base):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if best is None or not is_ours(best):
+        if best is None or not is_ours(best) or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
         logger.info("loading the best model from %s (score: %s)", best, self.state.best_metric)
@@ -473,17 +480,12 @@ class _CaptureCallback(TrainerCallback):
 
 
 def _refuse_sharding(trainer: Trainer) -> None:
-    found = None
-    if trainer.is_deepspeed_enabled:
-        found = "DeepSpeed"
-    elif trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
-        found = "FSDP version 1"
-    if found is not None:
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
         raise UnsupportedError(
-            f"{found} is not supported",
-            kind="world-size",
-            expected="one process, DDP, or FSDP version 2",
-            found=found,
+            "FSDP version 1 is not supported",
+            kind="fsdp1",
+            expected="one process, DDP, FSDP version 2, or DeepSpeed",
+            found="FSDP version 1",
             hint='FSDP version 2 is chosen with fsdp_config={"fsdp_version": 2}',
         )
 

@@ -152,6 +152,10 @@ class LocalFileSystem:
             raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
         os.rename(source, target)
 
+    def replace(self, source: Path, target: Path) -> None:
+        """Give a file a name that may be taken: whoever opens that sees the old file or the new one."""
+        os.replace(source, target)
+
     def fsync_directory(self, path: Path) -> None:
         """Make the names in a directory durable."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

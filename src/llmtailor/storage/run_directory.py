@@ -402,6 +402,27 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             self._filesystem.fsync_directory(self.path)
 
+    def write_pointer(self, name: str, text: str) -> None:
+        """Put a small file for other tools beside the checkpoints, durably; the one before is there until this is.
+
+        Raises:
+            WriteError: It could not be written; the one before is intact.
+        """
+        self._check_held()
+        path = self._claim(f"pointer-{secrets.token_hex(8)}")
+        try:
+            with translate_os_errors(f"write {name}", self.path / name):
+                descriptor = self._filesystem.create(path, 0o644)
+                try:
+                    self._filesystem.write(descriptor, memoryview(text.encode()))
+                    self._filesystem.fsync(descriptor)
+                finally:
+                    self._filesystem.close(descriptor)
+                self._filesystem.replace(path, self.path / name)
+                self._filesystem.fsync_directory(self.path)
+        finally:
+            self._release(path)
+
     def remove(self, path: Path) -> None:
         """Remove a checkpoint: first its name, at once, then its files. Other checkpoints keep theirs.
 

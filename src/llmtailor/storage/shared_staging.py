@@ -145,12 +145,14 @@ class SharedCheckpoint(StagedCheckpoint):
         super().abandon()
         if self._seat.is_coordinator:
             self.discard_common()
-        self._leave()
+        else:
+            self._leave()
 
     def discard_common(self) -> None:
         """Remove what ranks handed over, when the save is known to have failed. Never raises."""
         self._remove(self._common)
         self._remove(self._votes)
+        self._leave()
 
     def _leave(self) -> None:
         """Whoever is the last closes the door."""

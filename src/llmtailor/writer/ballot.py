@@ -308,7 +308,25 @@ class Ballot:
         self.verdict = verdict = self._read_verdict(data)
         self._raise_if_failed(verdict)
         assert verdict.parent is not None
+        self._say_heard()
         return Outcome(manifest=apply_verdict(own, verdict), digest=verdict.parent)
+
+    def _say_heard(self) -> None:
+        try:
+            self.ranks.raise_counter(self._counter("heard"), timeout_secs=self._post_secs)
+        except TailorError as err:
+            logger.debug("rank 0 was not told that the end of checkpoint-%d was heard of: %s", self.step, err)
+
+    def wait_until_heard(self, timeout_secs: float) -> None:
+        """Wait until all ranks know that the save is published, if it is. On the coordinator; never raises."""
+        if self.verdict is None or self.verdict.error is not None:
+            return
+        try:
+            self.ranks.wait_for_count(
+                [self._counter("heard")], lambda counts: counts[0] >= self.ranks.size - 1, timeout_secs
+            )
+        except LateError as err:
+            logger.warning("not all ranks heard that checkpoint-%d is published: %s", self.step, err)
 
     def _read_verdict(self, data: bytes) -> Verdict:
         try:
@@ -317,11 +335,16 @@ class Ballot:
             text = f"what rank 0 says of it cannot be read ({to_line(err.found)})"
             raise Fault(kind="ranks-disagree", text=text).to_error(self.step) from err
 
+    def tidy_up(self, verdict: Verdict) -> None:
+        """Remove what this rank handed over after the others had given the save up. Never raises."""
+        if verdict.error is not None and self._staged is not None:
+            self._staged.discard_common()
+        self._staged = None
+
     def _raise_if_failed(self, verdict: Verdict) -> None:
+        self.tidy_up(verdict)
         if verdict.error is None:
             return
-        if self._staged is not None:
-            self._staged.discard_common()
         raise WriteError(verdict.error, kind=verdict.kind or "rank-failed", hint=_HINT)
 
     def peek(self, *, timeout_secs: float = 2.0) -> Verdict | None:
@@ -382,7 +405,7 @@ class Ballot:
         votes = [self._vote_key(rank) for rank in range(self.ranks.size)]
         try:
             self.ranks.drop(
-                [*votes, self._counter("voted"), self._counter("failed"), self._verdict_key],
+                [*votes, *map(self._counter, ("voted", "failed", "heard")), self._verdict_key],
                 timeout_secs=self._post_secs,
             )
             self.is_forgotten = True

@@ -9,6 +9,7 @@ from ...catalog import Catalog, SmallFile
 from ...file_plan import CheckpointPlan, FilePlan, FileRange
 from ...tensors import ByteRange
 from .common_steps import CommonSteps
+from .engine_state import ENGINE_STATE_NAME
 from .flat_contents import fill_flats
 from .places import LATEST_NAME
 from .rank_files import plan_model_file, plan_optim_file
@@ -71,7 +72,7 @@ def _is_kept(file: SmallFile, target: Target) -> bool:
     found = _RNG_OF_RANK.fullmatch(file.name)
     if found is not None:
         return int(found[1]) < target.ranks
-    return file.name != LATEST_NAME and not is_weights_file(file.name)
+    return file.name not in (LATEST_NAME, ENGINE_STATE_NAME) and not is_weights_file(file.name)
 
 
 def _copy(file: SmallFile) -> FilePlan:

@@ -15,6 +15,7 @@ from ...file_plan import FilePlan
 from ...tensor_refs import FileTensor
 from ...tensors import TensorMeta
 from ..torch_files import Global, Instance, Size, TorchTensor, Tree, metadata_of, write_option
+from .engine_state import read_engine_state
 from .flat_contents import FlatContent
 from .flat_files import FlatFile
 from .partitions import FlatLayout, cut_each, keep_whole
@@ -220,6 +221,7 @@ def _new_model_states(catalog: Catalog) -> dict[str, Tree]:
         "checkpoint_parallel_dimensions": {"pp_degree": 1, "tp_degree": 1},
         "ds_config": None,
         "ds_version": _VERSION,
+        **read_engine_state(catalog),
     }
 
 

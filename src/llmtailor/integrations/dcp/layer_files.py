@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,10 +11,11 @@ import torch
 import xxhash
 
 from ...errors import InvalidInputError
-from ...layers import file_stem
+from ...layers import Layer, file_stem
 from ...local_parts import Seat
 from ...manifest import FileRecord
-from ...storage import ALIGNMENT, PIECE_NBYTES, StagedCheckpoint, pad
+from ...shards import Shard
+from ...storage import PIECE_NBYTES, StagedCheckpoint, aligned_buffer, pad
 from ...writer import FileImage, LayerImage, WrittenLayer, optimizer_image, weights_image
 from ...writer.copying import ImageReader
 from ...writer.devices import Lanes, fence
@@ -30,41 +29,55 @@ _NUM_THREADS = 2
 
 
 def make_images(
-    named: NamedState, seat: Seat, names: Sequence[str], resolve: Callable[[str], torch.Tensor]
+    named: NamedState, seat: Seat, layers: frozenset[str], resolve: Callable[[str], torch.Tensor]
 ) -> list[LayerImage]:
     """The files of a rank.
 
     Args:
         named: The state that is saved.
         seat: Which rank this is.
-        names: Of the tensors that it writes.
+        layers: Those that are written.
         resolve: Name -> the tensor to write, of the type and shape of what is here.
 
     Raises:
         InvalidInputError: A planner changes a tensor's type or shape.
     """
-    of_layer: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        of_layer[named.parts[name].layer].append(name)
-    layers = {layer.name: (number, layer) for number, layer in enumerate(named.live.layers)}
-    images = []
-    for layer_name, members in of_layer.items():
-        number, layer = layers[layer_name]
-        tensors = {name: _resolve(named, name, resolve) for name in members}
-        shards = {name: named.parts[name].local.shard for name in members if named.parts[name].local.is_sharded}
-        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("state.")}
-        states = {name: tensor for name, tensor in tensors.items() if name.startswith("state.")}
-        notes = _notes_of(named, layer.fqns) if seat.owns(number) else {}
-        ranks = [seat.rank if named.is_in_parts(layer_name, of_state=each) else None for each in (False, True)]
-        stem = file_stem(layer)
-        images.append(
-            LayerImage(
-                layer=layer_name,
-                weights=weights_image(stem, weights, shards=_of(shards, weights), rank=ranks[0]) if weights else None,
-                optimizer=optimizer_image(stem, states, notes, shards=_of(shards, states), rank=ranks[1]),
-            )
-        )
-    return images
+    names_of: dict[str, list[str]] = defaultdict(list)
+    for name in named.written_by(seat, layers):
+        names_of[named.parts[name].layer].append(name)
+    images = (
+        _make_image(named, layer, seat, names_of[layer.name], resolve, is_owner=seat.owns(number))
+        for number, layer in enumerate(named.live.layers)
+        if layer.name in layers
+    )
+    return [image for image in images if image.files]
+
+
+def _make_image(
+    named: NamedState,
+    layer: Layer,
+    seat: Seat,
+    names: Sequence[str],
+    resolve: Callable[[str], torch.Tensor],
+    *,
+    is_owner: bool,
+) -> LayerImage:
+    tensors = {name: _resolve(named, name, resolve) for name in names}
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith("state.")}
+    states = {name: tensor for name, tensor in tensors.items() if name.startswith("state.")}
+    notes = _notes_of(named, layer.fqns) if is_owner else {}
+    ranks = [seat.rank if named.is_in_parts(layer.name, of_state=each) else None for each in (False, True)]
+    stem = file_stem(layer)
+    return LayerImage(
+        layer=layer.name,
+        weights=weights_image(stem, weights, shards=_shards_of(named, weights), rank=ranks[0]) if weights else None,
+        optimizer=optimizer_image(stem, states, notes, shards=_shards_of(named, states), rank=ranks[1]),
+    )
+
+
+def _shards_of(named: NamedState, names: Iterable[str]) -> dict[str, Shard]:
+    parts = {name: named.parts[name].local for name in names}
+    return {name: part.shard for name, part in parts.items() if part.is_sharded}
 
 
 def _resolve(named: NamedState, name: str, resolve: Callable[[str], torch.Tensor]) -> torch.Tensor:
@@ -79,10 +92,6 @@ def _resolve(named: NamedState, name: str, resolve: Callable[[str], torch.Tensor
             found=f"{tensor.dtype}{list(tensor.shape)}",
         )
     return tensor.detach()
-
-
-def _of(shards: Mapping[str, object], names: Mapping[str, object]) -> dict:  # type: ignore[type-arg]
-    return {name: shard for name, shard in shards.items() if name in names}
 
 
 def _notes_of(named: NamedState, fqns: Sequence[str]) -> dict[str, object]:
@@ -124,18 +133,12 @@ def write_file(staged: StagedCheckpoint, image: FileImage) -> FileRecord:
     lanes.start(fence(image.tensors))
     reader = ImageReader(image.parts, lanes)
     digest = xxhash.xxh3_128()
-    with contextlib.closing(mmap.mmap(-1, pad(min(PIECE_NBYTES, max(image.nbytes, ALIGNMENT))))) as memory:
-        piece = _piece(memory)
-        for offset in range(0, image.nbytes, PIECE_NBYTES):
-            nbytes = min(PIECE_NBYTES, image.nbytes - offset)
-            reader.fill(piece, nbytes)
-            lanes.synchronize()
-            digest.update(piece.buffer[:nbytes])
-            file.write(piece.buffer, offset, nbytes)
-        del piece
+    memory = np.frombuffer(aligned_buffer(pad(min(PIECE_NBYTES, image.nbytes))), dtype=np.uint8)
+    piece = Piece(start=0, nbytes=memory.nbytes, bytes=memory, tensor=torch.from_numpy(memory))
+    for offset in range(0, image.nbytes, PIECE_NBYTES):
+        nbytes = min(PIECE_NBYTES, image.nbytes - offset)
+        reader.fill(piece, nbytes)
+        lanes.synchronize()
+        digest.update(piece.buffer[:nbytes])
+        file.write(piece.buffer, offset, nbytes)
     return file.finish(f"xxh3_128:{digest.hexdigest()}")
-
-
-def _piece(memory: mmap.mmap) -> Piece:
-    values = np.frombuffer(memory, dtype=np.uint8)
-    return Piece(start=0, nbytes=values.nbytes, bytes=values, tensor=torch.from_numpy(values))

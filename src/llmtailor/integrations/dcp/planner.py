@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint import SavePlan as DcpSavePlan
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
 )
+from torch.distributed.checkpoint.planner import SavePlan as DcpSavePlan
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ...checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from ...errors import InvalidInputError, WriteError
 from ...local_parts import LocalPart, Seat, local_part
 from ...optimizer_state import optimizer_class
 from ...save_plan import SavePlan, plan_save
-from ...strategies import SaveContext, Strategy, parse_strategy
+from ...strategies import Full, SaveContext, Strategy, parse_strategy
 from .staging import STAGED_KEY, StagedState
 from .state_layers import LayerStateReader, NamedState
 from .state_names import Names
@@ -105,6 +105,7 @@ class TailorPlanner(DefaultSavePlanner):
             overrides=layer_overrides,
         )
         self._named: NamedState | None = None
+        self._is_staged = False
         self._save_plan: SavePlan | None = None
         self._meta = SaveMeta()
         self._rest: dict[str, object] = {}
@@ -127,10 +128,11 @@ class TailorPlanner(DefaultSavePlanner):
             named.live,
             step=meta.step,
             contents="full" if named.live.optimizers else "weights",
-            strategy=self._strategy,
+            strategy=self._strategy if meta.can_link else Full(),
             rest=None,
             parent=None if meta.parent is None else meta.parent.manifest,
-            is_linkable=lambda layer, file: meta.can_link,
+            # Not looked at here, for not all ranks would see the same: a file that is gone fails the save.
+            is_linkable=lambda layer, file: True,
             seat=meta.seat,
         )
         is_whole = not any(named.is_in_parts(layer.name, of_state=False) for layer in named.live.layers)
@@ -147,6 +149,17 @@ class TailorPlanner(DefaultSavePlanner):
         """What is being saved of it."""
         assert self._save_plan is not None
         return self._save_plan
+
+    @property
+    def staged(self) -> NamedState | None:
+        """The same, if it is a copy that was made for this save; None if it is live."""
+        return self._named if self._is_staged else None
+
+    def rest_part(self, key: str) -> LocalPart:
+        """What of a tensor that is of no layer is on this rank."""
+        value = self._rest[key]
+        assert isinstance(value, torch.Tensor)
+        return local_part(value)
 
     def forget(self) -> None:
         """Let go of the state, which is written."""
@@ -170,10 +183,13 @@ class TailorPlanner(DefaultSavePlanner):
         """
         if not isinstance(storage_meta, SaveMeta):
             raise InvalidInputError(
-                "TailorPlanner plans for TailorWriter alone", kind="dcp-objects", expected="storage_writer=TailorWriter(...)"
+                "TailorPlanner plans for TailorWriter alone",
+                kind="dcp-objects",
+                expected="storage_writer=TailorWriter(...)",
             )
         self._meta, self.is_coordinator = storage_meta, is_coordinator
         staged = state_dict.get(STAGED_KEY)
+        self._is_staged = isinstance(staged, StagedState)
         if isinstance(staged, StagedState):
             _check_staged(staged, storage_meta)
             self._named = staged.named

@@ -122,9 +122,7 @@ def read_small(checkpoint: Checkpoint, record: FileRecord) -> bytes:
     return b"".join(pieces)
 
 
-def encode_rest(
-    rank: int, values: Mapping[Path, bytes], tensors: Sequence[tuple[Path, str]]
-) -> dict[str, bytes]:
+def encode_rest(rank: int, values: Mapping[Path, bytes], tensors: Sequence[tuple[Path, str]]) -> dict[str, bytes]:
     """The files of a rank's other values, but for the tensors.
 
     Args:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ...local_parts import LocalPart, memory_of
+from ...local_parts import LocalPart
 from ...save_plan import SavePlan
 from .state_layers import NamedState, Part
 from .state_names import Entry
@@ -35,22 +34,27 @@ class StagedState:
 class HostMemory:
     """Memory that is used again by the next save, for fresh pages are what a copy costs most.
 
-    Called by the thread that stages and by the one that writes, in turn.
+    As much as the last save used; blocks of a model are alike, so it does not matter which it was. Called by the thread
+    that stages and by the one that writes, in turn.
     """
 
     def __init__(self) -> None:
-        self._free: dict[str, torch.Tensor] = {}
+        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
 
-    def take(self, name: str, like: torch.Tensor) -> torch.Tensor:
+    def take(self, like: torch.Tensor) -> torch.Tensor:
         """Memory for a tensor, contiguous; pinned where that is on a CUDA device."""
-        found = self._free.pop(name, None)
-        if found is not None and found.shape == like.shape and found.dtype is like.dtype:
-            return found
+        found = self._free.get((like.shape, like.dtype))
+        if found:
+            return found.pop()
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
 
-    def give_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """These are written."""
-        self._free.update(tensors)
+    def give_back(self, staged: NamedState) -> None:
+        """What ``stage_state`` copied is written."""
+        self.drop()
+        for part in staged.parts.values():
+            tensor = part.local.tensor
+            if not tensor.is_meta:
+                self._free.setdefault((tensor.shape, tensor.dtype), []).append(tensor)
 
     def drop(self) -> None:
         self._free.clear()
@@ -66,16 +70,16 @@ def stage_state(named: NamedState, names: frozenset[str], memory: HostMemory) ->
     """
     devices: set[torch.device] = set()
 
-    def copy_part(name: str, local: LocalPart) -> LocalPart:
+    def copy_part(local: LocalPart) -> LocalPart:
         source = local.tensor.detach()
-        host = memory.take(name, source)
+        host = memory.take(source)
         host.copy_(source, non_blocking=source.is_cuda)
         if source.is_cuda:
             devices.add(source.device)
         return replace(local, tensor=host)
 
     parts = {
-        name: replace(part, local=copy_part(name, part.local)) if name in names else _without_memory(part)
+        name: replace(part, local=copy_part(part.local)) if name in names else _without_memory(part)
         for name, part in named.parts.items()
     }
     entries = tuple(_stage_entry(entry) for entry in named.entries)
@@ -101,8 +105,3 @@ def _copy_value(value: object) -> Any:
         held = value.detach().clone()
         return held.cpu() if type(held) is torch.Tensor else held
     return copy.deepcopy(value)
-
-
-def memory_used(named: NamedState) -> dict[str, torch.Tensor]:
-    """The host memory of a staged state, by name."""
-    return {name: part.local.tensor for name, part in named.parts.items() if not memory_of(part.local.tensor).is_meta}

@@ -39,7 +39,10 @@ _MODEL = "model"
 
 
 def join_key(path: Path) -> str:
-    """The key that DCP has for a path. Source: torch 2.13, distributed/checkpoint/_nested_dict.py (flatten_state_dict)."""
+    """The key that DCP has for a path.
+
+    Source: torch 2.13, distributed/checkpoint/_nested_dict.py (flatten_state_dict).
+    """
     return ".".join(map(str, path))
 
 
@@ -90,7 +93,7 @@ class StateNames:
     has_optimizer: bool = field(default=False)
 
 
-def name_entries(values: Mapping[Path, object], names: Names = Names()) -> StateNames:  # noqa: B008
+def name_entries(values: Mapping[Path, object], names: Names = Names()) -> StateNames:
     """Find out what each value of a state dict stands for.
 
     Args:

@@ -1,0 +1,315 @@
+"""DeepSpeed engines, ZeRO stages 1 to 3: ``save_checkpoint`` and ``load_checkpoint`` with our checkpoints behind them.
+
+Two methods of the engine are bound anew, and nothing else is touched. Its ``CheckpointEngine`` would be the seam that
+DeepSpeed offers, but that sees pickled trees and file names: loading goes by globs over those files, each rank loads
+those of all ranks, and ``latest`` is moved before the other ranks' files are there.
+
+    stock                                      here
+    save_dir/global_step4/*.pt                 save_dir/checkpoint-4/: layers, parts of ranks, one manifest
+    save_dir/latest: global_step4              save_dir/latest: checkpoint-4, moved when all ranks' files are durable
+    save_checkpoint returns when it is written returns at once; the optimizer's next step waits for the capture
+
+Source: DeepSpeed 0.19.8, runtime/engine.py (save_checkpoint, load_checkpoint, _load_checkpoint).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from ..checkpoint import Checkpoint, describe_layers, open_checkpoint
+from ..checkpointer import Checkpointer
+from ..engine_options import EngineOptions, check_options, engine_options
+from ..errors import NotFoundError, UnsupportedError
+from ..meeting import Outcome
+from ..ranks import join_ranks
+from ..resume import Fill, load_named
+from ..storage import checkpoint_name, list_checkpoints
+from ..strategies import SaveContext, Strategy, parse_strategy
+from ..writer import SaveHandle
+from ..zero import ZeroLoad, ZeroReader, read_engine_state, write_engine_state
+
+__all__ = ["DeepSpeedRun", "install"]
+
+_LATEST = "latest"
+# As DeepSpeed names a save without a tag, and as we name the directory.
+_TAG_OF_STEP = re.compile(r"(?:global_step|checkpoint-)(0|[1-9][0-9]*)")
+
+
+def install(
+    engine: Any,
+    *,
+    strategy: str | Strategy | Callable[[SaveContext], Collection[str]] = "full",
+    keep: int | None = None,
+    keep_consistent: bool = True,
+    split_experts: bool = False,
+    layer_overrides: Mapping[str, Sequence[str]] | None = None,
+    **options: Unpack[EngineOptions],
+) -> DeepSpeedRun:
+    """Give a DeepSpeed engine our checkpoints; on every rank, after ``deepspeed.initialize``.
+
+    ::
+
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        run = install(engine, strategy="parity")
+        path, client_state = engine.load_checkpoint("runs/a")    # (None, None) when there is nothing to load
+        ...
+        engine.save_checkpoint("runs/a", client_state={"epoch": 3})
+        run.close()
+
+    Args:
+        engine: Of ZeRO stage 1, 2 or 3.
+        strategy: Which layers a save writes.
+        keep: How many checkpoints to keep; None keeps all.
+        keep_consistent: Never remove the newest checkpoint whose layers are all of one step, exactly.
+        split_experts: Every expert of a block is a layer of its own.
+        layer_overrides: Layers of your own: name -> globs over parameter names.
+        **options: See ``EngineOptions``.
+
+    Returns:
+        What finishes the saves and lets go of the directory: ``close`` it, or use it in a ``with``.
+
+    Raises:
+        InvalidInputError: An unknown strategy, or an option that makes no sense.
+        UnsupportedError: The engine spreads its state in a way that is not known here (stage 0, MiCS, hpZ, experts).
+    """
+    check_options(engine_options(options))
+    run = DeepSpeedRun(
+        engine,
+        {
+            "strategy": parse_strategy(strategy),
+            "keep": keep,
+            "keep_consistent": keep_consistent,
+            "split_experts": split_experts,
+            "layer_overrides": layer_overrides,
+            **options,
+        },
+    )
+    engine.save_checkpoint = run.save_checkpoint
+    engine.load_checkpoint = run.load_checkpoint
+    return run
+
+
+class DeepSpeedRun:
+    """The checkpoints of one engine; made by ``install``."""
+
+    def __init__(self, engine: Any, options: Mapping[str, Any]) -> None:
+        self._engine = engine
+        self._options = options
+        self._stock_load: Callable[..., Any] = engine.load_checkpoint
+        self._checkpointer: Checkpointer | None = None
+        self._directory: Path | None = None
+        self._tags: dict[int, str] = {}
+        """Of saves whose ``latest`` is to be moved, by step."""
+        self.last_save: SaveHandle | None = None
+        """The newest save of this process: ``result()`` waits until it is durable."""
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: object = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """As the engine's, and returns at once; ``last_save`` tells the rest.
+
+        Args:
+            save_dir: The run; checkpoints are ``checkpoint-<global steps>`` in it.
+            tag: A name to load it by, beside the directory's.
+            client_state: Rank 0's is kept: tensors, numbers, text and containers.
+            save_latest: Move ``latest`` to it, once it is durable on all ranks.
+            exclude_frozen_parameters: Not supported: a checkpoint is whole.
+
+        Raises:
+            UnsupportedError: Something that cannot be saved.
+            WriteError: Two saves in a row failed; training may go on.
+        """
+        if exclude_frozen_parameters:
+            raise UnsupportedError(
+                "frozen parameters cannot be left out of a checkpoint",
+                kind="frozen-parameters",
+                expected="exclude_frozen_parameters=False",
+                hint="they are written once and linked after that: parity and round_robin cost nothing for them",
+            )
+        engine, checkpointer = self._engine, self._open(Path(save_dir))
+        step = int(engine.global_steps)
+        told = {"tag": None if tag is None else str(tag), "client_state": dict(client_state or {})}
+
+        def write_small_files(directory: Path) -> None:
+            if checkpointer.seat.rank == 0:
+                write_engine_state(engine, directory, told)
+
+        if save_latest:
+            self._tags = {**self._tags, step: checkpoint_name(step)}
+        self.last_save = checkpointer.save(step, engine.module, [engine.optimizer], write_small_files)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: object = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """As the engine's; a directory that has no checkpoint of ours goes to the engine's own.
+
+        Args:
+            load_dir: The run, or one checkpoint of it.
+            tag: ``checkpoint-<step>``, ``global_step<step>``, or a save's tag; None takes the newest that verifies.
+            load_module_strict: Must be True: weights are loaded by name, all of them.
+            load_optimizer_states: False loads weights, counters and schedules.
+            load_lr_scheduler_states: Load the learning rate schedule.
+            load_module_only: Load weights alone.
+            custom_load_fn: Not supported.
+
+        Returns:
+            The checkpoint's directory and the ``client_state`` it was saved with; (None, None) if there is none.
+
+        Raises:
+            NotFoundError: No checkpoint has that tag.
+            IntegrityError: No checkpoint verifies, or the given one does not.
+            IncompatibleError: It is of another model or optimizer.
+        """
+        path = Path(load_dir)
+        is_run = path.is_dir() and any(entry.has_manifest for entry in list_checkpoints(path))
+        if not is_run and not (path / "tailor.json").is_file():
+            return self._load_stock(
+                load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
+            )
+        if custom_load_fn is not None or not load_module_strict:
+            raise UnsupportedError(
+                "weights are loaded by name, all of them",
+                kind="load-options",
+                expected="load_module_strict=True and no custom_load_fn",
+            )
+        loads: dict[Path, ZeroLoad] = {}
+        has_optimizer = load_optimizer_states and not load_module_only
+
+        def plan(candidate: Checkpoint) -> Fill:
+            read_engine_state(candidate.path)
+            loads[candidate.path.resolve()] = load = ZeroLoad(self._engine, candidate, has_optimizer=has_optimizer)
+            return load.fill
+
+        checkpointer = self._open(path if is_run else path.parent)
+        if not is_run:
+            found: Checkpoint | None = load_named(path, plan, checkpointer.meeting)
+        elif tag is not None:
+            found = load_named(_find_tag(path, str(tag)), plan, checkpointer.meeting)
+        else:
+            found = checkpointer.load(plan)
+        if found is None:
+            checkpointer.begin(None)
+            return None, None
+        state, told = read_engine_state(found.path)
+        loads[found.path.resolve()].finish(None if load_module_only else state, with_schedule=load_lr_scheduler_states)
+        checkpointer.meeting.agree(Outcome())
+        checkpointer.begin(found)
+        if checkpointer.seat.rank == 0:
+            sys.stderr.write(describe_layers(found) + "\n")
+        return str(found.path), told["client_state"]
+
+    def _load_stock(
+        self, load_dir: str | Path, tag: object, *options: bool
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        names = (
+            "load_module_strict",
+            "load_optimizer_states",
+            "load_lr_scheduler_states",
+            "load_module_only",
+        )
+        # Its first save with us is full.
+        result: tuple[str | None, dict[str, Any] | None] = self._stock_load(
+            str(load_dir), tag, **dict(zip(names, options, strict=True))
+        )
+        return result
+
+    def _open(self, directory: Path) -> Checkpointer:
+        """The checkpointer of a run; one run at a time is open."""
+        if self._checkpointer is not None and self._directory == directory.resolve():
+            return self._checkpointer
+        self.close()
+        options = self._options
+        checkpointer = Checkpointer(
+            directory,
+            strategy=options["strategy"],
+            keep=options["keep"],
+            keep_consistent=options["keep_consistent"],
+            ranks=join_ranks(),
+            on_published=self._move_latest,
+            **engine_options(options),
+        )
+        checkpointer.read_with(
+            ZeroReader(
+                self._engine,
+                seat=checkpointer.seat,
+                split_experts=options["split_experts"],
+                overrides=options["layer_overrides"],
+            )
+        )
+        try:
+            checkpointer.read_model(self._engine.module)  # what cannot be saved is said now, not at the first save
+        except BaseException:
+            checkpointer.close()
+            raise
+        self._checkpointer, self._directory = checkpointer, directory.resolve()
+        return checkpointer
+
+    def _move_latest(self, checkpoint: Path) -> None:
+        name = self._tags.get(open_checkpoint(checkpoint).manifest.step)
+        if name is not None and self._checkpointer is not None:
+            self._checkpointer.write_pointer(_LATEST, name + "\n")
+
+    def wait_until_captured(self) -> None:
+        """Wait until no save refers to the live state; before anything but ``engine.step()`` changes it."""
+        if self._checkpointer is not None:
+            self._checkpointer.wait_until_captured()
+
+    def close(self) -> None:
+        """Finish the saves that are under way; raises if the last one failed and nothing was saved since.
+
+        Raises:
+            WriteError: What stopped the last save.
+        """
+        checkpointer, self._checkpointer = self._checkpointer, None
+        if checkpointer is None:
+            return
+        self._checkpointer = checkpointer
+        try:
+            checkpointer.close()
+        finally:
+            self._checkpointer = None
+
+    def __enter__(self) -> DeepSpeedRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _find_tag(run: Path, tag: str) -> Path:
+    """The checkpoint that was saved with a tag.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    entries = [entry for entry in list_checkpoints(run) if entry.has_manifest]
+    if (named := _TAG_OF_STEP.fullmatch(tag)) and any(entry.step == int(named[1]) for entry in entries):
+        return run / checkpoint_name(int(named[1]))
+    for entry in reversed(entries):
+        if read_engine_state(entry.path)[1].get("tag") == tag:
+            return entry.path
+    raise NotFoundError(
+        "no checkpoint of the run has this tag",
+        kind="missing-checkpoint",
+        path=run,
+        expected=tag,
+        found=", ".join(entry.path.name for entry in entries[-5:]) or "no checkpoints",
+        hint="leave tag out to take the newest",
+    )
