@@ -143,20 +143,22 @@ class Lineage:
                 written[layer] = replace(each, codes=codes)
         return self._describe(plan, written, (), None)
 
-    def is_linkable(self, layer: str, file: FileRecord) -> bool:
-        """True if a file of the parent can be linked, or will be there to be linked.
+    def is_linkable(self, layer: str, files: Sequence[FileRecord]) -> bool:
+        """True if files of the parent can be linked, or will be there to be linked.
 
         On several ranks this says what all know: a file that turns out to be gone fails the save, and is known then.
         """
         if self.seat.size > 1:
             return layer not in self._lost
         with self._mutex:
-            if any(file.path in image.names for plan in self._in_flight() for image in plan.images):
-                return True
-            try:
-                return os.stat(self._source(file), follow_symlinks=False).st_size == file.bytes
-            except OSError:
-                return False
+            coming = {name for plan in self._in_flight() for image in plan.images for name in image.names}
+            return all(file.path in coming or self._is_there(file) for file in files)
+
+    def _is_there(self, file: FileRecord) -> bool:
+        try:
+            return os.stat(self._source(file), follow_symlinks=False).st_size == file.bytes
+        except OSError:
+            return False
 
     def _source(self, file: FileRecord) -> Path:
         assert self._parent is not None

@@ -198,7 +198,7 @@ def plan_save(
     strategy: Strategy,
     rest: Rest | None,
     parent: Manifest | None,
-    is_linkable: Callable[[str, FileRecord], bool],
+    is_linkable: Callable[[str, Sequence[FileRecord]], bool],
     seat: Seat = Seat(),  # noqa: B008
 ) -> SavePlan:
     """Decide one save.
@@ -210,7 +210,7 @@ def plan_save(
         strategy: Chooses among the layers; those without earlier files are written anyhow.
         rest: How layers that it does not choose are written as codes; None leaves them as they are.
         parent: The checkpoint before, or None.
-        is_linkable: Whether a file of a layer of the parent is still there, unharmed as far as can be seen at once. On
+        is_linkable: Whether files of a layer of the parent are still there, unharmed as far as can be seen at once. On
             several ranks it must say the same on each.
         seat: Which rank this is.
 
@@ -297,7 +297,7 @@ def _find_linkable(
     parent: Manifest,
     live: LiveLayers,
     contents: Contents,
-    is_linkable: Callable[[str, FileRecord], bool],
+    is_linkable: Callable[[str, Sequence[FileRecord]], bool],
     seat: Seat,
 ) -> dict[str, LayerRecord]:
     """Layers of the parent whose files still stand for the same tensors, cut alike, and the same optimizers."""
@@ -311,7 +311,7 @@ def _find_linkable(
     return {
         name: layer
         for name, layer in _restrict_layers(parent, live.layers, seat).items()
-        if now.get(name) == then[name] and all(is_linkable(name, file) for file in layer.files)
+        if now.get(name) == then[name] and is_linkable(name, layer.files)
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmtailor import meeting as meeting_module
 from llmtailor.errors import InvalidInputError
 from llmtailor.meeting import Meeting, Outcome
 from llmtailor.ranks import LateError, Ranks
+from mounts import Mounts
 from ranks.rank_threads import (
     Mailbox,
     Member,
@@ -40,14 +42,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rank_that_is_given_another_path_is_refused_on_all(run: Path) -> None:
-    paths = [run, run.with_name("other"), run]
-    mailbox = Mailbox()
-    outcomes = together(
-        3,
-        lambda rank: Member(
-            Ranks(rank, 3, lambda: mailbox.connect(rank)), paths[rank], FaultyFileSystem(), {"commit_timeout_secs": 1.0}
-        ),
-    )
+    outcomes = open_on(run, run.with_name("other"), run)
     for outcome in outcomes:
         assert isinstance(outcome, InvalidInputError)
         assert outcome.kind == "other-store"
@@ -74,20 +69,36 @@ def test_directory_that_is_another_by_the_same_name_is_refused_on_all(
         assert kinds(found.save(1)) == [None, None]
 
 
-def test_directory_that_is_reached_by_another_name_is_refused_at_once(run: Path) -> None:
-    """A bind mount, say: votes compare names, so that every save would fail."""
+def test_directory_that_is_mounted_by_another_name_is_refused_at_once(run: Path, tmp_path: Path) -> None:
+    """It is the same, but votes compare names: every save would fail."""
+    run.mkdir()
+    alias = tmp_path / "alias"
+    alias.mkdir()
+    mounts = Mounts(tmp_path)
+    with contextlib.closing(mounts):
+        mounts._call(["mount", "--bind", str(run), str(alias)])
+        mounts._mounted.append(alias)
+        outcomes = open_on(run, alias)
+        assert kinds(outcomes) == ["other-store"] * 2
+        assert all(str(run) in str(each) and str(alias) in str(each) for each in outcomes)
+
+
+def test_symbolic_link_to_the_directory_is_seen_through(run: Path) -> None:
     run.mkdir()
     alias = run.with_name("alias")
     alias.symlink_to(run)
-    paths = [run, alias]
-    mailbox = Mailbox()
-    outcomes = together(
-        2,
-        lambda rank: Member(Ranks(rank, 2, lambda: mailbox.connect(rank)), paths[rank], FaultyFileSystem(), {}),
-    )
-    members = [each for each in outcomes if isinstance(each, Member)]
-    assert len(members) == 2, "a symbolic link is seen through"
+    members = [each for each in open_on(run, alias) if isinstance(each, Member)]
     together(2, lambda rank: members[rank].checkpointer.close())
+    assert len(members) == 2
+
+
+def open_on(*paths: Path) -> list[Member | BaseException]:
+    """What becomes of ranks that are given these paths."""
+    mailbox, size = Mailbox(), len(paths)
+    return together(
+        size,
+        lambda rank: Member(Ranks(rank, size, lambda: mailbox.connect(rank)), paths[rank], FaultyFileSystem(), {}),
+    )
 
 
 def test_directory_that_becomes_another_between_saves_fails_the_save(run: Path) -> None:

@@ -17,8 +17,9 @@ from formats.simple_writer import load_ref
 from llmtailor.checkpoint import Checkpoint, open_checkpoint
 from llmtailor.checkpointer import Checkpointer
 from llmtailor.cli.main import app
+from llmtailor.errors import FormatError
 from llmtailor.formats import open_catalog
-from llmtailor.load import plan_load, plan_targets
+from llmtailor.load import plan_load, plan_targets, read_saved_states
 from llmtailor.manifest import INDEX_NAME, MANIFEST_NAME, digest_of
 from llmtailor.model_state import read_model
 from llmtailor.verify import verify_checkpoint
@@ -32,9 +33,9 @@ from tiny_models import build_llama, snapshot_optimizer
 SOME_CUTS = ("rows of 4", "columns of 3", "grid of 3 x 2", "runs of 5")
 
 
-def save_llama(run: Path, *, steps: int = 1, has_masters: bool = False) -> Checkpoint:
+def save_llama(run: Path, *, steps: int = 1, has_masters: bool = False, width: int = 16) -> Checkpoint:
     torch.manual_seed(3)
-    model = build_llama().to(torch.bfloat16 if has_masters else torch.float32)
+    model = build_llama(width=width).to(torch.bfloat16 if has_masters else torch.float32)
     make = MasterAdamW if has_masters else torch.optim.AdamW
     optimizer: torch.optim.Optimizer = make(model.parameters(), lr=1e-3)  # type: ignore[operator]
     checkpointer = Checkpointer(run)
@@ -107,6 +108,16 @@ def test_masters_among_the_state_become_those_of_deepspeed(tmp_path: Path, cut: 
         assert torch.equal(load_ref(master), load_ref(expected.states[fqn].tensors[LEAF]))
         assert LEAF not in made.states[fqn].tensors
         assert made.states[fqn].tensors.keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_masters_in_pieces_need_weights_that_are_whole(tmp_path: Path) -> None:
+    whole = save_llama(tmp_path / "run", has_masters=True, width=128)
+    parts = cut_checkpoint(whole, tmp_path / "checkpoint-1", boxes(3), kinds=("weights",))
+    assert {(each.kind, each.layer) for each in verify_checkpoint(parts.path).problems} >= {("schema", "layers.0")}
+    with pytest.raises(FormatError, match="does not hold what it says"):
+        read_saved_states(parts)
+    with pytest.raises(FormatError, match="does not hold what it says"):
+        open_catalog(parts.path).states["model.layers.0.mlp.up_proj.weight"]
 
 
 # Codes, into memory that is cut

@@ -144,8 +144,9 @@ def test_whoever_wants_nothing_of_a_layer_still_has_its_state(whole: Checkpoint,
     assert "frozen" not in states
 
 
-def test_several_places_take_one_tensor(whole: Checkpoint, tmp_path: Path, tensors: Tensors) -> None:
-    checkpoint = cut_checkpoint(whole, tmp_path / "checkpoint-7", columns(3))
+@pytest.mark.parametrize("saved", [columns(3), boxes(2)], ids=["columns", "rows"])
+def test_several_places_take_one_tensor(whole: Checkpoint, tmp_path: Path, tensors: Tensors, saved: Cut) -> None:
+    checkpoint = cut_checkpoint(whole, tmp_path / "checkpoint-7", saved)
     shards = [whole_shard((3, 5, 2)), Shard(shape=(3, 5, 2), offsets=(11,), sizes=(13,), is_run=True)]
     targets = {"cube": [Target(tensor=torch.zeros(shard.sizes), shard=shard) for shard in shards]}
     plan_targets(checkpoint, targets).fill()
@@ -447,16 +448,16 @@ def test_whole_models_read_every_file(whole: Checkpoint, tmp_path: Path) -> None
 
 
 def test_a_whole_file_that_says_it_holds_shards_is_refused(whole: Checkpoint, tmp_path: Path) -> None:
-    """Of a layer whose state alone is in parts, the weights must be whole."""
-    checkpoint = cut_checkpoint(whole, tmp_path / "checkpoint-7", boxes(3), kinds=("optimizer",))
+    """Of a layer whose weights alone are in parts, the state must be whole."""
+    checkpoint = cut_checkpoint(whole, tmp_path / "checkpoint-7", boxes(3), kinds=("weights",))
     layer = next(each for each in checkpoint.manifest.layers if each.name == "cube")
-    assert layer.weights is not None
-    (part,) = [file for file in cut_file(checkpoint.path / layer.weights.path, runs(1)) if file.tensors]
+    assert layer.optimizer is not None
+    (part,) = [file for file in cut_file(checkpoint.path / layer.optimizer.path, runs(1)) if file.tensors]
     content = part.encode()
-    overwrite(checkpoint.path / layer.weights.path, content)
-    record = FileRecord(path=layer.weights.path, bytes=len(content), digest=digest_of(content))
+    overwrite(checkpoint.path / layer.optimizer.path, content)
+    record = FileRecord(path=layer.optimizer.path, bytes=len(content), digest=digest_of(content))
     layers = [
-        each.model_copy(update={"weights": record}) if each is layer else each for each in checkpoint.manifest.layers
+        each.model_copy(update={"optimizer": record}) if each is layer else each for each in checkpoint.manifest.layers
     ]
     manifest = checkpoint.manifest.model_copy(update={"layers": tuple(layers)})
     overwrite(checkpoint.path / MANIFEST_NAME, encode_manifest(manifest)[0])

@@ -20,10 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Literal, TypedDict, cast
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, UnsupportedError
+from ..ranks import Ranks
 from ..writer import SaveHandle
 
-__all__ = ["Preemption", "PreemptionOptions", "preemption_options"]
+__all__ = ["Preemption", "PreemptionOptions", "check_on_ranks", "preemption_options"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,22 @@ class PreemptionOptions(TypedDict, total=False):
 def preemption_options(options: Mapping[str, Any]) -> PreemptionOptions:
     """Those of an integration's options that are about the end."""
     return cast(PreemptionOptions, {key: options[key] for key in PreemptionOptions.__annotations__ if key in options})
+
+
+def check_on_ranks(options: PreemptionOptions, ranks: Ranks | None) -> None:
+    """Refuse what several ranks cannot do: the signal reaches them at different steps.
+
+    Raises:
+        UnsupportedError: ``on_sigterm="save"``.
+    """
+    if ranks is not None and options.get("on_sigterm") == "save":
+        raise UnsupportedError(
+            'on_sigterm="save" is not supported on several ranks',
+            kind="ranks-option",
+            expected='"finish" or "ignore"',
+            found='"save"',
+            hint="the ranks would have to agree on the step; save more often instead",
+        )
 
 
 class Preemption:

@@ -14,7 +14,7 @@ import torch
 from ..checkpoint import Checkpoint, describe_layers
 from ..checkpointer import Checkpointer
 from ..engine_options import EngineOptions, engine_options
-from ..errors import IncompatibleError, InvalidInputError, TailorError, UnsupportedError
+from ..errors import IncompatibleError, InvalidInputError, TailorError
 from ..load import plan_load
 from ..meeting import Outcome
 from ..model_state import is_adapted
@@ -23,7 +23,7 @@ from ..resume import Fill, load_named
 from ..strategies import SaveContext, Strategy
 from ..writer import SaveHandle
 from .batches import Batches
-from .preemption import Preemption, PreemptionOptions, preemption_options
+from .preemption import Preemption, PreemptionOptions, check_on_ranks, preemption_options
 from .small_files import (
     Stateful,
     check_objects,
@@ -120,14 +120,7 @@ class Run:
         self._save_steps = save_steps
         self._objects = _name_objects(scheduler, scaler, state or {})
         ranks = join_ranks()
-        if ranks is not None and options.get("on_sigterm") == "save":
-            raise UnsupportedError(
-                'on_sigterm="save" is not supported on several ranks',
-                kind="ranks-option",
-                expected='"finish" or "ignore"',
-                found='"save"',
-                hint="the ranks would have to agree on the step; save more often instead",
-            )
+        check_on_ranks(preemption_options(options), ranks)
         self._rank = None if ranks is None else ranks.rank
         self._num_ranks = 1 if ranks is None else ranks.size
         self._checkpointer = Checkpointer(

@@ -56,7 +56,7 @@ from ..save_plan import Contents
 from ..storage import checkpoint_name
 from ..strategies import SaveContext, Strategy, parse_strategy
 from ..writer import SaveHandle
-from .preemption import Preemption, PreemptionOptions, preemption_options
+from .preemption import Preemption, PreemptionOptions, check_on_ranks, preemption_options
 from .trainer_deepspeed import EngineOfTrainer, save_engine
 from .trainer_files import is_ours, is_stock, make_writable, require_trainer, without_progress_bars
 
@@ -160,7 +160,8 @@ class TailorMixin(EngineOfTrainer, _Base):
 
     def _tailor_open(self, trial: Any) -> Checkpointer:
         _refuse_sharding(self)
-        options = self._tailor_options
+        options, ranks = self._tailor_options, join_ranks()
+        check_on_ranks(preemption_options(options), ranks)
         self._tailor_checkpointer = Checkpointer(
             Path(super()._get_output_dir(trial)),
             strategy=options.get("strategy", "full"),
@@ -168,7 +169,7 @@ class TailorMixin(EngineOfTrainer, _Base):
             keep_consistent=options.get("keep_consistent", True),
             split_experts=options.get("split_experts", False),
             layer_overrides=options.get("layer_overrides"),
-            ranks=join_ranks(),
+            ranks=ranks,
             **engine_options(options),
         )
         self._tailor_bind_engine()

@@ -132,7 +132,7 @@ class TailorPlanner(DefaultSavePlanner):
             rest=None,
             parent=None if meta.parent is None else meta.parent.manifest,
             # Not looked at here, for not all ranks would see the same: a file that is gone fails the save.
-            is_linkable=lambda layer, file: True,
+            is_linkable=lambda layer, files: True,
             seat=meta.seat,
         )
         is_whole = not any(named.is_in_parts(layer.name, of_state=False) for layer in named.live.layers)
