@@ -102,7 +102,9 @@ def run_rank(directory: Path, num_layers: int) -> None:
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     width = int((size * 60e6 / 12 / num_layers / 2) ** 0.5) // 8 * 8
-    layers = [torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, width)) for _ in range(num_layers)]
+    layers = [
+        torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, width)) for _ in range(num_layers)
+    ]
     model = torch.nn.ModuleDict(
         {
             "embed_tokens": torch.nn.Embedding(97, width),

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
-from llmtailor.tensor_filling import FileFiller
+from llmtailor.shards import Shard
+from llmtailor.tensor_filling import FileFiller, Spread, Target, plan_filling
 from llmtailor.tensors import ByteRange
 from tensor_content import host_bytes
 
@@ -46,7 +47,7 @@ def within_a_larger_one(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.numel() + 3, dtype=tensor.dtype)[3:].reshape(tensor.shape)
 
 
-def fill(content: bytes, targets: list[tuple[ByteRange, torch.Tensor]], piece_nbytes: int) -> None:
+def fill(content: bytes, targets: Sequence[tuple[ByteRange, torch.Tensor | Spread]], piece_nbytes: int) -> None:
     filler, buffer = FileFiller(targets), bytearray(piece_nbytes)
     for offset in range(0, len(content), piece_nbytes):
         piece = content[offset : offset + piece_nbytes]
@@ -101,3 +102,57 @@ def test_tensors_on_a_device_take_their_bytes(make: Callable[[torch.Tensor], tor
     assert target.stride() == make(wanted).stride()
     fill(bytes(host_bytes(wanted)), [(ByteRange(start=0, end=wanted.numel() * 2), target)], 1000)
     assert bytes(host_bytes(target)) == bytes(host_bytes(wanted))
+
+
+# Shards
+
+
+@pytest.mark.parametrize("piece_nbytes", [1, 7, 64, 4096])
+@pytest.mark.parametrize("seed", range(40))
+def test_several_targets_take_what_a_shard_has_of_them_wherever_pieces_begin(seed: int, piece_nbytes: int) -> None:
+    generator = random.Random(seed)
+    shape = tuple(generator.randint(1, 5) for _ in range(generator.randint(0, 4)))
+    saved, *wanted = (random_shard(shape, generator) for _ in range(generator.randint(2, 4)))
+    whole = values(shape, torch.int64, generator)
+    stored = take(whole, saved)
+    targets = [
+        Target(tensor=make(torch.full(shard.sizes, 7)).fill_(7), shard=shard)
+        for shard, make in zip(wanted, generator.choices([contiguous, transposed, every_other], k=3), strict=False)
+    ]
+    byte_range = ByteRange(start=24, end=24 + stored.nbytes)
+    content = b"\xee" * 24 + bytes_of(stored) + b"\xee" * 9
+    fill(content, plan_filling(byte_range, torch.int64, saved, targets), piece_nbytes)
+    numbers = torch.arange(whole.numel()).reshape(shape)
+    held = take(numbers, saved)
+    for target in targets:
+        is_there = torch.isin(take(numbers, target.shard), held)
+        expected = torch.where(is_there, take(whole, target.shard), 7)
+        assert torch.equal(target.tensor, expected)
+
+
+def random_shard(shape: tuple[int, ...], generator: random.Random) -> Shard:
+    is_run = generator.random() < 0.5
+    space = (torch.Size(shape).numel(),) if is_run else shape
+    offsets = tuple(generator.randint(0, size // 2) for size in space)
+    sizes = tuple(generator.randint(0, size - offset) for size, offset in zip(space, offsets, strict=True))
+    return Shard(shape=shape, offsets=offsets, sizes=sizes, is_run=is_run)
+
+
+def take(whole: torch.Tensor, shard: Shard) -> torch.Tensor:
+    space = whole.reshape(-1) if shard.is_run else whole
+    return space[tuple(slice(at, at + size) for at, size in zip(shard.offsets, shard.sizes, strict=True))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(10))
+def test_targets_on_a_device_take_what_a_shard_has_of_them(seed: int) -> None:
+    generator = random.Random(seed)
+    saved, wanted = (random_shard((5, 6, 3), generator) for _ in range(2))
+    whole = values((5, 6, 3), torch.bfloat16, generator)
+    stored = take(whole, saved)
+    target = Target(tensor=torch.zeros(wanted.sizes, dtype=torch.bfloat16, device="cuda"), shard=wanted)
+    planned = plan_filling(ByteRange(start=0, end=stored.nbytes), torch.bfloat16, saved, [target])
+    fill(bytes_of(stored), planned, 61)
+    held = torch.isin(take(torch.arange(90).reshape(5, 6, 3), wanted), take(torch.arange(90).reshape(5, 6, 3), saved))
+    found, expected = target.tensor.cpu().view(torch.int16), take(whole, wanted).contiguous().view(torch.int16)
+    assert torch.equal(found, torch.where(held, expected, 0))

@@ -19,9 +19,12 @@ from llmtailor.storage import LocalFileSystem, SharedCheckpoint
 from ranks.rank_threads import (
     NEVER,
     EmptyError,
+    FullDisk,
     Mailbox,
+    Member,
     check_next_save_works,
     kinds,
+    name_of,
     published,
     raise_,
     shorten_waits,
@@ -128,6 +131,29 @@ def test_rank_that_is_late_while_it_hands_over_fails_of_being_late(run: Path) ->
         assert len({str(each).splitlines()[0] for each in outcomes}) == 1
         found.filesystems[1].is_slow = False
         check_next_save_works(found, 3)
+
+
+def test_rank_that_failed_ends_its_save_when_it_knows_what_all_know(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next save is planned with that, so it must not begin before the slower ones have ended this one."""
+    adopt = SharedCheckpoint.adopt_rest
+
+    def dawdle(self: SharedCheckpoint) -> Any:
+        time.sleep(0.5 if self._seat.rank == 0 else 0.0)
+        return adopt(self)
+
+    monkeypatch.setattr(SharedCheckpoint, "adopt_rest", dawdle)
+    with team(run, 2, filesystems=[FullDisk(), FullDisk()], commit_timeout_secs=5.0) as found:
+        found.save(1)
+        found.filesystems[1].is_full = True
+
+        def save(member: Member) -> str:
+            with contextlib.suppress(WriteError):
+                member.save(2)
+            assert member.checkpointer._ballots is not None
+            verdict = member.checkpointer._ballots._ballots[-1].verdict
+            return "" if verdict is None else str(verdict.error)
+
+        assert all(name_of(1) in str(told) for told in found.all(save))
 
 
 @pytest.mark.parametrize("rank", [1, 2])

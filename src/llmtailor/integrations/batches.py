@@ -38,7 +38,8 @@ class Batches(Generic[BatchT]):
         self._is_resumed = False
 
     def __iter__(self) -> Iterator[BatchT]:
-        if self._is_resumed:
+        # A plain loader that was saved between two epochs begins the next one as it would have.
+        if self._is_resumed and (self.num_used or self._is_stateful):
             batches = self._replay()
         else:
             self.num_used = 0
