@@ -188,9 +188,18 @@ def unmount(directory: Path) -> None:
     ctypes.CDLL(None).umount2(bytes(directory), 2)
 
 
-def train(command: dict[str, Any], rank: int, port: int) -> None:
+def meet(rank: int, size: int, ports: tuple[int, int]) -> dist.TCPStore:
+    """Rank 0 takes a free port, and tells the others through a pipe."""
+    if rank:
+        return dist.TCPStore("127.0.0.1", int(os.read(ports[0], 6)), size, False, timedelta(seconds=60))
+    store = dist.TCPStore("127.0.0.1", 0, size, True, timedelta(seconds=60), wait_for_workers=False)
+    os.write(ports[1], f"{store.port:6d}".encode() * (size - 1))
+    return store
+
+
+def train(command: dict[str, Any], rank: int, ports: tuple[int, int]) -> None:
     size, directory = command["size"], Path(command["directory"])
-    store = dist.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=60))
+    store = meet(rank, size, ports)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     trap = Trap()
     watch(trap)
@@ -237,25 +246,25 @@ def train(command: dict[str, Any], rank: int, port: int) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", SaveFailedWarning)
-    port = int(sys.argv[1])
     for line in sys.stdin:
         command = json.loads(line)
-        port += 1
         pids = []
+        ports = os.pipe()
         others, parent = os.pipe()
         for rank in range(command["size"]):
             pid = os.fork()
             if pid == 0:
                 os.close(parent)
                 try:
-                    train(command, rank, port)
+                    train(command, rank, ports)
                 except BaseException as err:
                     os.write(1, (json.dumps({"rank": rank, "event": "lost", "text": repr(err)[:500]}) + "\n").encode())
                 if rank == 0:  # it keeps the store, and others may still be listening
                     os.read(others, 1)
                 os._exit(0)
             pids.append(pid)
-        os.close(others)
+        for end in (others, *ports):
+            os.close(end)
         os.write(1, (json.dumps({"event": "started", "pids": pids}) + "\n").encode())
         for pid in pids[1:]:
             os.waitpid(pid, 0)

@@ -1,6 +1,6 @@
 """Real trainings with ``Run`` on several gloo ranks: DDP, FSDP2, tensor parallelism. One process per rank.
 
-python loop_trainings.py begin DIRECTORY CASE...     trains each case to the end; again with saves, up to STOP; then dies
+python loop_trainings.py begin DIRECTORY CASE...     trains each case to the end; again with saves, to STOP; dies
 python loop_trainings.py resume DIRECTORY CASE...    resumes each and trains to the end
 python loop_trainings.py reshard DIRECTORY CASE...   resumes each on another number of ranks, writes what was loaded
 
@@ -31,15 +31,14 @@ from llmtailor import Run
 STEPS = 6
 SAVES = (2, 4)
 STOP = 5
-WIDTH = 18
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH + 2)
-        self.down = nn.Linear(2 * WIDTH + 2, WIDTH, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width + 2)
+        self.down = nn.Linear(2 * width + 2, width, bias=False)
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,12 +46,12 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 18) -> None:
         super().__init__()
-        self.embed = nn.Embedding(23, WIDTH)
-        self.layers = nn.ModuleList(Block() for _ in range(3))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, 23)
+        self.embed = nn.Embedding(23, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(3))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 23)
         self.register_buffer("scale", torch.ones(3))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -62,10 +61,10 @@ class Model(nn.Module):
         return self.head(self.norm(x))
 
 
-def build(framework: str, dtype: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(framework: str, dtype: str, width: int = 18) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The model of a case, wrapped or sharded, and its optimizer."""
     torch.manual_seed(0)
-    model: nn.Module = Model().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    model: nn.Module = Model(width).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     size = dist.get_world_size()
     if framework == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
@@ -94,6 +93,11 @@ def build(framework: str, dtype: str) -> tuple[nn.Module, torch.optim.Optimizer]
         {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return model, torch.optim.AdamW(groups, lr=1e-2, foreach=False)
+
+
+def build_case(case: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    framework, _, dtype = case.split("-")[:3]
+    return build(framework, dtype, 96 if "q8" in case else 18)  # codes make nothing of small tensors
 
 
 def is_replica(framework: str) -> bool:
@@ -148,17 +152,19 @@ def report(path: Path, content: Any) -> None:
 
 
 def run_options(case: str) -> dict[str, Any]:
-    framework, strategy, _ = case.split("-")[:3]
+    strategy = case.split("-")[1]
     options: dict[str, Any] = {"strategy": strategy, "save_steps": 2, "commit_timeout_secs": 60}
     if case.endswith("-spread"):
         options["spread_layers"] = True
+    if "-q8" in case:
+        options["rest"] = "q8"
     return options
 
 
 def begin(directory: Path, case: str) -> None:
-    framework, _, dtype = case.split("-")[:3]
+    framework = case.split("-")[0]
     seed_rank(framework)
-    model, optimizer = build(framework, dtype)
+    model, optimizer = build_case(case)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
     seed_rank(framework)
     losses, truth = [], {}
@@ -168,7 +174,7 @@ def begin(directory: Path, case: str) -> None:
             truth[step + 1] = digests(gather(model, optimizer))
     report(directory / f"{case}.straight.json", {"losses": losses, "final": digests(gather(model, optimizer))})
     report(directory / f"{case}.truth.json", truth)
-    model, optimizer = build(framework, dtype)
+    model, optimizer = build_case(case)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
     seed_rank(framework)
     run = Run(directory / case, model, optimizer, scheduler=scheduler, **run_options(case))
@@ -182,9 +188,8 @@ def begin(directory: Path, case: str) -> None:
 
 
 def resume(directory: Path, case: str, *, same_world: bool) -> None:
-    framework, _, dtype = case.split("-")[:3]
     torch.manual_seed(7)
-    model, optimizer = build(framework, dtype)
+    model, optimizer = build_case(case)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -192,6 +197,9 @@ def resume(directory: Path, case: str, *, same_world: bool) -> None:
     with Run(directory / case, model, optimizer, scheduler=scheduler, **run_options(case)) as run:
         start = run.resume(random_state=same_world)
         loaded = digests(gather(model, optimizer))
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, loaded)
+        assert all(each == loaded for each in everywhere)
         losses = []
         for step in range(start, STEPS):
             losses.append(train_step(model, optimizer, scheduler))

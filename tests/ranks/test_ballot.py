@@ -324,12 +324,6 @@ def change(found: Team, wanted: str, how: Callable[[bytes], bytes]) -> None:
 # ---- Files that cannot be linked ----
 
 
-plans_differ = pytest.mark.xfail(
-    strict=True, reason="_find_linkable asks of a layer's files, and a rank that has none of them never hears of a loss"
-)
-
-
-@plans_differ
 @pytest.mark.parametrize("how", ["gone", "cut off"])
 def test_layer_that_one_rank_lost_is_written_anew_by_all(run: Path, how: str) -> None:
     with team(run, 3, strategy="parity", commit_timeout_secs=5.0) as found:
@@ -352,7 +346,6 @@ def test_layer_that_one_rank_lost_is_written_anew_by_all(run: Path, how: str) ->
         assert {layer.name: layer.step for layer in manifest.layers}[kept[0].name] == 4
 
 
-@plans_differ
 def test_lost_layer_is_not_forgotten_by_those_who_missed_the_verdict(run: Path) -> None:
     with team(run, 2, strategy="parity", commit_timeout_secs=0.3) as found:
         found.save(1)

@@ -17,32 +17,53 @@ from ranks.launch import run_ranks
 
 PROGRAM = Path(__file__).parent / "engine_trainings.py"
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
-CASES = [
+FAST = ["zero1-full-bf16", "zero2-parity-fp32", "zero3-full-fp32", "zero3-parity-bf16"]
+# The first engine of stage 3 changes torch.nn.functional.linear for all that follow in a process: in order of stages.
+MATRIX = [
     f"zero{stage}-{strategy}-{dtype}"
-    for stage in (1, 2, 3)
+    for stage in "123"
     for strategy in ("full", "parity")
     for dtype in ("fp32", "bf16")
-] + ["zero2-full-bf16-accumulate"]
-# The first engine of stage 3 changes torch.nn.functional.linear for all that follow in a process.
-CASES = sorted(CASES, key=lambda case: case[:5])
+]
+SLOW = ["zero2-full-bf16-accumulate", *(case for case in MATRIX if case not in FAST)]
+SLOW.sort(key=lambda case: case[:5])
+CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
+
+
+class Trainings:
+    """Trained, killed and resumed when first asked for: the fast ones in one launch, the slow ones in another."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._done: set[str] = set()
+
+    def of(self, case: str) -> Path:
+        cases = FAST if case in FAST else SLOW
+        if case not in self._done:
+            run_ranks(PROGRAM, 2, "begin", self._directory, *cases, expected=(-9,), environment=ENVIRONMENT)
+            for each in cases:  # moved when all ranks' files were durable
+                assert (self._directory / each / "latest").read_text() == "checkpoint-4\n"
+            run_ranks(PROGRAM, 2, "resume", self._directory, *cases, environment=ENVIRONMENT)
+            self._done |= set(cases)
+        return self._directory
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("engines")
-    run_ranks(PROGRAM, 2, "begin", directory, *CASES, expected=(-9,), environment=ENVIRONMENT)
-    for case in CASES:  # moved when all ranks' files were durable
-        assert (directory / case / "latest").read_text() == "checkpoint-4\n"
-    run_ranks(PROGRAM, 2, "resume", directory, *CASES, environment=ENVIRONMENT)
-    return directory
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("engines"))
+
+
+def is_of(strategy: str, case: Any) -> bool:
+    return f"-{strategy}-" in (case if isinstance(case, str) else case.values[0])
 
 
 def read(directory: Path, case: str, name: str) -> Any:
     return json.loads((directory / f"{case}.{name}.json").read_text())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "-full-" in case])
-def test_full_goes_on_bit_for_bit(resumed: Path, case: str) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if is_of("full", case)])
+def test_full_goes_on_bit_for_bit(trainings: Trainings, case: str) -> None:
+    resumed = trainings.of(case)
     straight, found = read(resumed, case, "straight"), read(resumed, case, "resumed")
     assert found["start"] == 4
     assert found["loaded"] == read(resumed, case, "truth")["4"]
@@ -50,9 +71,10 @@ def test_full_goes_on_bit_for_bit(resumed: Path, case: str) -> None:
     assert found["final"] == straight["final"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "-parity-" in case])
-def test_layers_of_parity_are_those_of_the_step_they_claim(resumed: Path, case: str) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if is_of("parity", case)])
+def test_layers_of_parity_are_those_of_the_step_they_claim(trainings: Trainings, case: str) -> None:
     """But for moments of stale layers, which go on with the one update count that DeepSpeed keeps for a group."""
+    resumed = trainings.of(case)
     truth, found = read(resumed, case, "truth"), read(resumed, case, "resumed")
     manifest = open_checkpoint(resumed / case / "checkpoint-4").manifest
     layer_of = {tensor.fqn: tensor.layer for tensor in manifest.tensors}
@@ -66,7 +88,8 @@ def test_layers_of_parity_are_those_of_the_step_they_claim(resumed: Path, case: 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_checkpoint_verifies(resumed: Path, case: str) -> None:
+def test_every_checkpoint_verifies(trainings: Trainings, case: str) -> None:
+    resumed = trainings.of(case)
     assert (resumed / case / "latest").read_text() == "checkpoint-6\n"
     for step in (2, 4, 6):
         report = verify_checkpoint(resumed / case / f"checkpoint-{step}")
@@ -77,9 +100,11 @@ def test_every_checkpoint_verifies(resumed: Path, case: str) -> None:
     assert [path.name for path in (resumed / case / "_staging").iterdir()] == ["lock"]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3, 4])
-def test_another_number_of_ranks_loads_the_same_state(resumed: Path, num_ranks: int, tmp_path: Path) -> None:
-    cases = ["zero1-full-bf16", "zero2-full-fp32", "zero3-full-bf16", "zero3-parity-fp32"]
+@pytest.mark.parametrize(
+    "num_ranks", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_another_number_of_ranks_loads_the_same_state(trainings: Trainings, num_ranks: int, tmp_path: Path) -> None:
+    cases, resumed = FAST, trainings.of(FAST[0])
     for case in cases:
         shutil.copytree(resumed / case, tmp_path / case)
         shutil.rmtree(tmp_path / case / "checkpoint-6")
@@ -91,7 +116,9 @@ def test_another_number_of_ranks_loads_the_same_state(resumed: Path, num_ranks: 
         assert verify_checkpoint(tmp_path / case / "checkpoint-6").problems == ()
 
 
-def test_another_stage_loads_the_same_state(resumed: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_another_stage_loads_the_same_state(trainings: Trainings, tmp_path: Path) -> None:
+    resumed = trainings.of("zero2-full-bf16")
     shutil.copytree(resumed / "zero2-full-bf16", tmp_path / "zero3-full-bf16")
     shutil.rmtree(tmp_path / "zero3-full-bf16" / "checkpoint-6")
     run_ranks(PROGRAM, 2, "reshard", tmp_path, "zero3-full-bf16", environment=ENVIRONMENT)
@@ -99,9 +126,12 @@ def test_another_stage_loads_the_same_state(resumed: Path, tmp_path: Path) -> No
     assert found["loaded"] == expected["loaded"]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_exported_to_deepspeed_it_is_what_stock_deepspeed_loads(resumed: Path, stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_exported_to_deepspeed_it_is_what_stock_deepspeed_loads(
+    trainings: Trainings, stage: int, tmp_path: Path
+) -> None:
     case = f"zero{stage}-full-bf16"
+    resumed = trainings.of(case)
     llmtailor.export(resumed / case / "checkpoint-4", tmp_path / case, to="deepspeed", ranks=2, zero_stage=stage)
     run_ranks(PROGRAM, 2, "stock", tmp_path, case, environment=ENVIRONMENT)
     straight, found = read(resumed, case, "straight"), read(tmp_path, case, "stock")

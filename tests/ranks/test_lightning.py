@@ -191,7 +191,16 @@ def limits_of(kind: str) -> dict[str, Any]:
     return {"max_epochs": -1, "max_steps": 9} if kind == "steps" else {}
 
 
-@pytest.fixture(scope="module", params=["epochs", "steps", "validated", "stream", "generator", "at_epochs"])
+KINDS = [
+    "epochs",
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("steps", "validated", "stream", "generator", "at_epochs")
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Module, Path]:
     """A kind of training, the model that the stock Trainer made, and a run with a checkpoint of every step."""
     kind, directory = request.param, tmp_path_factory.mktemp("whole")

@@ -145,6 +145,7 @@ def read_stock(job: Job, leaves: set[str]) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_ranks_hold_is_what_deepspeed_saves(runs: Runs, name: str) -> None:
     check_truth(runs.read(name, 2))
@@ -152,11 +153,13 @@ def test_what_the_ranks_hold_is_what_deepspeed_saves(runs: Runs, name: str) -> N
         check_truth(runs.read(name, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_training_goes_on_bit_for_bit(runs: Runs, name: str) -> None:
     check_resumed(runs.read(name, 2), runs.resumed(name, 2, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USED)
 def test_an_engine_that_has_trained_forgets_it(runs: Runs, name: str) -> None:
     check_resumed(runs.read(name, 2), runs.resumed_in_use(name, 2))
@@ -180,6 +183,7 @@ def check_loaded(job: Job, resumed: Job) -> None:
         assert loaded[what] == read[what], what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "onto"), [(2, 3), (3, 2), (2, 1)])
 @pytest.mark.parametrize("name", RESHARDED)
 def test_another_world_holds_the_same(runs: Runs, name: str, ranks: int, onto: int) -> None:
@@ -192,6 +196,7 @@ def test_another_world_holds_the_same(runs: Runs, name: str, ranks: int, onto: i
         assert all(parts[name] == whole_shard(meta.shape) for name, meta in read["metas"].items())
 
 
+@pytest.mark.slow
 def test_what_is_read_is_spread_where_it_should_be(runs: Runs) -> None:
     weights, moments = "layers.0.up.weight", "state.layers.0.up.weight.exp_avg"
     for name, are_spread in (("1-bf16", {moments}), ("3-bf16", {weights, moments})):
@@ -203,11 +208,13 @@ def test_what_is_read_is_spread_where_it_should_be(runs: Runs) -> None:
         assert sum("state.layers.0.up.weight.step" in each for each in parts) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "ranks"), [*((name, 2) for name in CASES), *((name, 3) for name in RESHARDED)])
 def test_the_files_of_all_ranks_hold_everything_once(runs: Runs, name: str, ranks: int) -> None:
     check_files(runs.read(name, ranks), ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESHARDED)
 def test_a_rank_that_is_alone_writes_whole_files(runs: Runs, name: str) -> None:
     job = runs.resumed(name, 2, 1)
@@ -260,6 +267,7 @@ def check_files(job: Job, ranks: int) -> None:
     assert facts[0]["layout"] == (read["layout"] if ranks > 1 else None)
 
 
+@pytest.mark.slow
 def test_the_loss_scale_and_the_schedule_are_kept(runs: Runs) -> None:
     rest = load(runs.read("2-fp16", 2), "start")["rest"]
     assert rest["loss_scaler"]["dynamic"]
