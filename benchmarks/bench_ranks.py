@@ -90,6 +90,22 @@ def measure(num_ranks: int, num_layers: int) -> dict[str, Any]:
     }
 
 
+class Stack(torch.nn.Module):
+    """Blocks of two square matrices, between an embedding and a head; never run."""
+
+    def __init__(self, num_layers: int, width: int) -> None:
+        super().__init__()
+        linear = torch.nn.Linear
+        blocks = (torch.nn.Sequential(linear(width, width), linear(width, width)) for _ in range(num_layers))
+        self.embed_tokens = torch.nn.Embedding(97, width)
+        self.layers = torch.nn.ModuleList(blocks)
+        self.norm = torch.nn.LayerNorm(width)
+        self.lm_head = linear(width, 97)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
 def run_rank(directory: Path, num_layers: int) -> None:
     """One rank of a measurement."""
     import torch.distributed.checkpoint as dcp
@@ -102,18 +118,8 @@ def run_rank(directory: Path, num_layers: int) -> None:
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     width = int((size * 60e6 / 12 / num_layers / 2) ** 0.5) // 8 * 8
-    layers = [
-        torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, width)) for _ in range(num_layers)
-    ]
-    model = torch.nn.ModuleDict(
-        {
-            "embed_tokens": torch.nn.Embedding(97, width),
-            "layers": torch.nn.ModuleList(layers),
-            "norm": torch.nn.LayerNorm(width),
-            "lm_head": torch.nn.Linear(width, 97),
-        }
-    )
-    for layer in model["layers"]:
+    model = Stack(num_layers, width)
+    for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -131,12 +137,12 @@ def run_rank(directory: Path, num_layers: int) -> None:
         return time.perf_counter() - began
 
     measure_dcp(directory / "dcp-warm")  # imports, first allocations
+    before = memory_nbytes("VmRSS")
     run = Run(directory / "run", model, optimizer, keep=1)
     ranks = run._checkpointer.meeting.ranks
     assert ranks is not None
     run.save(0).result()
     rows: list[dict[str, float]] = []
-    before = memory_nbytes("VmRSS")
     for number in range(1, SAVES + 1):
         dcp_seconds = measure_dcp(directory / f"dcp-{number}")
         dist.barrier()

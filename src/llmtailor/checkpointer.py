@@ -438,6 +438,9 @@ class Checkpointer:
         Raises:
             WriteError: The last save failed, and nothing was saved since.
         """
+        self._engine.drain()
+        if self._ballots is not None:
+            self._ballots.part()
         self._open_run.end()
         self._finalizer.detach()
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,6 @@ from tiny_models import (
     build_trainer,
     snapshot_model,
     snapshot_optimizer,
-    training_arguments,
 )
 
 
@@ -240,31 +240,13 @@ def test_another_model_or_optimizer_in_a_trainer(model: Any, options: dict[str, 
 # ---- What is not done yet, and what makes no sense ----
 
 
-def test_two_processes_in_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model = build_llama(num_layers=1)
-    with pytest.raises(UnsupportedError) as caught:
-        Run(tmp_path, model, adamw(model))
-    assert caught.value.found == "2 processes"
-    assert not (tmp_path / "_staging").exists()
-
-
-@pytest.mark.parametrize(("attribute", "found"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
-def test_sharded_trainer(attribute: str, found: str, tmp_path: Path) -> None:
+def test_first_version_of_fsdp(tmp_path: Path) -> None:
     trainer = build_trainer(tmp_path)
-    setattr(trainer, attribute, True)
+    trainer.is_fsdp_enabled = True
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
     with pytest.raises(UnsupportedError) as caught:
         tailor(trainer)
-    assert caught.value.found == found
-
-
-def test_two_processes_in_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = build_trainer(tmp_path)
-    monkeypatch.setattr(type(training_arguments(tmp_path)), "world_size", property(lambda self: 2))
-    with pytest.raises(UnsupportedError) as caught:
-        tailor(trainer)
-    assert caught.value.found == "2 processes"
+    assert caught.value.found == "FSDP version 1"
 
 
 def test_step_that_goes_backwards(saved: Path) -> None:

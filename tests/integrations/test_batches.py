@@ -33,4 +33,4 @@ def test_a_second_resume_is_in_the_epoch_that_the_first_began() -> None:
     state, rng = batches.state_dict(), capture_rng()  # and again in the middle of the second
     rest = [batch.tolist() for batch in epoch]
     assert [batch.tolist() for batch in resumed(state, rng)] == rest
-    assert sorted(sum(used + rest, [])) == list(range(8))
+    assert sorted(number for batch in used + rest for number in batch) == list(range(8))
