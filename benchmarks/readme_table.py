@@ -1,4 +1,4 @@
-"""Write the tables of the README and of docs/codes.md from the results; ``make bench`` runs it last."""
+"""Write the tables of the README and of pages under docs/ from the results; ``make bench`` runs it last."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _MERGE_TABLE = re.compile(r"\| merge of two checkpoints.*?(?=\n\n)", re.DOTALL)
 _CODES_TABLE = re.compile(r"\| every save writes.*?(?=\n\n)", re.DOTALL)
 _BYTES_TABLE = re.compile(r"\| bytes a parameter.*?(?=\n\n)", re.DOTALL)
 _SAVE_TABLE = re.compile(r"\| a save of a Llama.*?(?=\n\n)", re.DOTALL)
+_RANKS_TABLE = re.compile(r"\| ranks, layers.*?(?=\n\n)", re.DOTALL)
 _FORMATS = {
     "tailored": "LLMTailor",
     "hf": "HF Trainer",
@@ -158,6 +159,38 @@ def make_bytes_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows)
 
 
+def make_ranks_table() -> str:
+    """The table of what the vote costs, as it has to stand in docs/frameworks/index.md."""
+    rows = [
+        ("ranks, layers", "sent by a rank", "received by it", "received by rank 0", "vote and publish", "save by DCP's")
+    ]
+    rows.append(("---",) * 6)
+    found = _read("ranks")["rows"]
+    for row in found["measured"]:
+        rows.append(
+            (
+                f"{row['ranks']}, {row['layers']}",
+                f"{row['sent_bytes_per_save_per_rank'] / 1e3:.1f} kB",
+                f"{row['received_bytes_per_save_per_rank'] / 1e3:.1f} kB",
+                f"{row['coordinator_received_bytes_per_save'] / 1e3:.1f} kB",
+                f"{row['vote_and_publish_secs'] * 1e3:.0f} ms",
+                f"{row['save_by_dcp']:.2f}",
+            )
+        )
+    last = found["simulated"][-1]
+    rows.append(
+        (
+            f"{last['ranks']:,}, {last['layers']} (votes alone, one machine)",
+            f"{last['vote_bytes'] / 1e3:.1f} kB",
+            f"{last['verdict_bytes'] / 1e3:.1f} kB",
+            f"{last['votes_bytes_at_coordinator'] / 1e3:,.0f} kB",
+            f"{last['until_all_know_secs']:.1f} s",
+            "",
+        )
+    )
+    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+
+
 def _format_lost(regime: dict[str, Any]) -> str:
     if regime["is_identical"]:
         return "0, bit for bit"
@@ -184,6 +217,10 @@ def main() -> None:
     text = page.read_text(encoding="utf-8")
     assert _BYTES_TABLE.search(text), "docs/codes.md has no table of bytes to replace"
     page.write_text(_BYTES_TABLE.sub(make_bytes_table(), text), encoding="utf-8")
+    page = ROOT / "docs" / "frameworks" / "index.md"
+    text = page.read_text(encoding="utf-8")
+    assert _RANKS_TABLE.search(text), "docs/frameworks/index.md has no table of ranks to replace"
+    page.write_text(_RANKS_TABLE.sub(make_ranks_table(), text), encoding="utf-8")
 
 
 if __name__ == "__main__":
