@@ -40,7 +40,7 @@ from .writer import (
     WrittenLayer,
 )
 
-__all__ = ["Lineage"]
+__all__ = ["Lineage", "describe_save"]
 
 _NO_DIGEST = "xxh3_128:" + "0" * 32
 
@@ -244,31 +244,59 @@ class Lineage:
     def _describe(
         self, plan: SavePlan, written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost | None
     ) -> Manifest:
-        parent = self._parent
-        # What one rank of several knows is no whole checkpoint.
-        build: Callable[..., Manifest] = Manifest if self.seat.size == 1 else Manifest.model_construct
-        return build(
+        return describe_save(
+            plan,
+            written,
+            small,
             run_id=self._run_id,
-            step=plan.step,
             save_index=plan.save_index,
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            parent=None if parent is None else Parent(step=parent.manifest.step, digest=parent.digest),
-            contents=plan.contents,
-            strategy=plan.strategy,
-            world=World(size=self.seat.size, sharding="none" if plan.layout is None else "sharded", layout=plan.layout),
-            writer=Writer(
-                llmtailor=__version__,
-                torch=torch.__version__,
-                python=platform.python_version(),
-                host=socket.gethostname(),
-                pid=os.getpid(),
-            ),
-            tensors=plan.tensors,
-            optimizers=plan.optimizers,
-            layers=plan.record_layers(written),
-            files=tuple(small),
+            parent=self._parent,
+            num_ranks=self.seat.size,
             save=None if cost is None else _record_cost(cost),
         )
+
+
+def describe_save(
+    plan: SavePlan,
+    written: Mapping[str, WrittenLayer],
+    small: Sequence[FileRecord],
+    *,
+    run_id: str,
+    save_index: int,
+    parent: Checkpoint | None,
+    num_ranks: int,
+    save: SaveRecord | None,
+) -> Manifest:
+    """The manifest of a save as this rank knows it.
+
+    With several ranks that is no whole checkpoint, so it is not checked; ``votes.merge_votes`` makes a whole one.
+
+    Raises:
+        ValidationError: Alone: the format cannot describe it.
+    """
+    build: Callable[..., Manifest] = Manifest if num_ranks == 1 else Manifest.model_construct
+    return build(
+        run_id=run_id,
+        step=plan.step,
+        save_index=save_index,
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        parent=None if parent is None else Parent(step=parent.manifest.step, digest=parent.digest),
+        contents=plan.contents,
+        strategy=plan.strategy,
+        world=World(size=num_ranks, sharding="none" if plan.layout is None else "sharded", layout=plan.layout),
+        writer=Writer(
+            llmtailor=__version__,
+            torch=torch.__version__,
+            python=platform.python_version(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+        ),
+        tensors=plan.tensors,
+        optimizers=plan.optimizers,
+        layers=plan.record_layers(written),
+        files=tuple(sorted(small, key=lambda file: file.path)),
+        save=save,
+    )
 
 
 def _preview_layer(image: LayerImage | CodedImage) -> WrittenLayer:

@@ -15,7 +15,7 @@ from .local_parts import is_dtensor, memory_of
 from .manifest import TensorRecord
 from .tensor_bytes import meta_of
 
-__all__ = ["ModelReader", "ModelState", "check_model", "is_adapted", "read_model"]
+__all__ = ["ModelReader", "ModelState", "check_model", "is_adapted", "read_model", "refuse_extra_state"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,14 +165,30 @@ def _refuse_modules(module: torch.nn.Module) -> None:
                 found=type(owner).__qualname__,
                 expected="torch.distributed.fsdp.fully_shard, known as FSDP2",
             )
-        if type(owner).get_extra_state is not torch.nn.Module.get_extra_state:
-            raise UnsupportedError(
-                "a module keeps extra state that is neither a parameter nor a buffer",
-                kind="extra-state",
-                fqn=name,
-                found=type(owner).__qualname__,
-                hint="make it a persistent buffer, or save it with Run(..., state={...})",
-            )
+        refuse_extra_state(name, owner, elsewhere="with Run(..., state={...})")
+
+
+def refuse_extra_state(name: str, owner: torch.nn.Module, *, elsewhere: str) -> None:
+    """Refuse a module that adds something of its own to its ``state_dict``.
+
+    Args:
+        name: Of the module.
+        owner: It.
+        elsewhere: Where that could be saved instead, for the hint.
+
+    Raises:
+        UnsupportedError: It does.
+
+    Source: torch 2.13, nn/modules/module.py (get_extra_state).
+    """
+    if type(owner).get_extra_state is not torch.nn.Module.get_extra_state:
+        raise UnsupportedError(
+            "a module keeps extra state that is neither a parameter nor a buffer",
+            kind="extra-state",
+            fqn=name,
+            found=type(owner).__qualname__,
+            hint=f"make it a persistent buffer, or save it {elsewhere}",
+        )
 
 
 def check_model(state: ModelState, saved: Iterable[TensorRecord], *, path: object = None) -> None:

@@ -40,7 +40,7 @@ from ..votes import (
     to_line,
 )
 
-__all__ = ["Ballot", "Outcome"]
+__all__ = ["Ballot", "Outcome", "find_elsewhere"]
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +198,7 @@ class Ballot:
         votes = self._collect()
         fault = judge(self._own, votes, size=self.ranks.size, waited_secs=time.monotonic() - started)
         if fault is None:
-            fault = self._find_elsewhere(staged, votes)
+            fault = find_elsewhere(staged, votes)
         elif fault.kind == "rank-late":
             fault = self._find_stray({*range(self.ranks.size)} - {*votes}) or fault
         if fault is None:
@@ -232,17 +232,6 @@ class Ballot:
             found = to_line(err.found)
         text = f"its vote cannot be read ({found}); all ranks must run the same version of llmtailor"
         return self._vote(error=text).model_copy(update={"rank": rank, "host": "host unknown", "pid": 0})
-
-    def _find_elsewhere(self, staged: SharedCheckpoint, votes: Mapping[int, Vote]) -> Fault | None:
-        """A rank whose directory has our directory's name and is another: on another machine, or mounted over."""
-        deadline = time.monotonic() + _VISIBLE_SECS
-        while missing := staged.find_missing_votes(votes):
-            if time.monotonic() > deadline:
-                vote = votes[missing[0]]
-                text = f"{vote.name} writes to {vote.store}, which is not the directory that rank 0 knows by that name"
-                return Fault(kind="ranks-disagree", text=text)
-            time.sleep(0.1)
-        return None
 
     def _find_stray(self, absent: Collection[int]) -> Fault | None:
         """A rank that is not late but votes on another save, which this one does not know."""
@@ -421,6 +410,18 @@ class Ballot:
     @property
     def _verdict_key(self) -> str:
         return f"{self.key}/verdict"
+
+
+def find_elsewhere(staged: SharedCheckpoint, votes: Mapping[int, Vote]) -> Fault | None:
+    """A rank whose directory has our directory's name and is another: on another machine, or mounted over."""
+    deadline = time.monotonic() + _VISIBLE_SECS
+    while missing := staged.find_missing_votes(votes):
+        if time.monotonic() > deadline:
+            vote = votes[missing[0]]
+            text = f"{vote.name} writes to {vote.store}, which is not the directory that rank 0 knows by that name"
+            return Fault(kind="ranks-disagree", text=text)
+        time.sleep(0.1)
+    return None
 
 
 def _describe(error: BaseException) -> str:

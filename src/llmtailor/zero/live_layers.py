@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError
 from ..layers import Layer, LayerMap, file_stem, find_ties, map_names, named_tensors
 from ..live_state import LiveLayers
 from ..local_parts import LocalPart, Seat
 from ..manifest import GroupRecord, OptimizerRecord, TensorRecord
-from ..model_state import ModelState, is_adapted
+from ..model_state import ModelState, is_adapted, refuse_extra_state
 from ..optimizer_state import ParameterGroup, optimizer_class
 from ..shards import Shards
 from ..state_keys import state_key
@@ -66,7 +65,8 @@ class ZeroReader:
         Raises:
             UnsupportedError: As ``model_state.read_model``.
         """
-        _refuse_extra_state(module)
+        for name, owner in module.named_modules():
+            refuse_extra_state(name, owner, elsewhere="in the client_state")
         ties = find_ties(module)
         tensors = named_tensors(module)
         shapes = {fqn: whole_shape(tensor) for fqn, tensor in tensors.items() if fqn not in ties}
@@ -134,19 +134,6 @@ def _record(fqn: str, tensor: torch.Tensor, layers: LayerMap) -> TensorRecord:
         trainable=_is_trained(tensor),
         tied_to=layers.ties.get(fqn),
     )
-
-
-def _refuse_extra_state(module: torch.nn.Module) -> None:
-    """Source: torch 2.13, nn/modules/module.py (get_extra_state): what a module adds to its ``state_dict``."""
-    for name, owner in module.named_modules():
-        if type(owner).get_extra_state is not torch.nn.Module.get_extra_state:
-            raise UnsupportedError(
-                "a module keeps extra state that is neither a parameter nor a buffer",
-                kind="extra-state",
-                fqn=name,
-                found=type(owner).__qualname__,
-                hint="make it a persistent buffer, or save it in the client_state",
-            )
 
 
 def _plan_image(layer: Layer, names: _Names, state: ZeroState, *, seat: Seat, is_owner: bool) -> LayerImage:

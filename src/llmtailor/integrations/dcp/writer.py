@@ -34,6 +34,7 @@ from torch.futures import Future
 
 from ...checkpoint import Checkpoint
 from ...errors import InvalidInputError, TailorError, TailorWarning, UnsupportedError
+from ...lineage import describe_save
 from ...local_parts import Seat
 from ...manifest import INDEX_NAME, FileRecord, Manifest, digest_of, encode_manifest
 from ...pruning import apply_retention
@@ -41,9 +42,10 @@ from ...save_plan import SavePlan, encode_index
 from ...storage import RunDirectory, SharedCheckpoint, StagingSeat
 from ...votes import Fault, Vote, judge, merge_votes
 from ...writer import LayerImage
+from ...writer.ballot import find_elsewhere
 from .layer_files import make_images, write_file, write_layers
 from .lineage import Assignment, DcpLineage
-from .own_part import describe_save, find_elsewhere, make_vote
+from .own_part import make_vote
 from .planner import LocalSavePlan, SaveMeta, TailorPlanner
 from .reader import TailorReader
 from .small_files import NAMES, encode_names, encode_rest, rest_image
@@ -362,7 +364,16 @@ class TailorWriter(StorageWriter, AsyncStager):
                 err.layer = layer
                 raise
         small = [*self._write_rest(staged, items, planner), *staged.adopt_rest()]
-        self._own = own = describe_save(plan, written, small, assignment, parent)
+        self._own = own = describe_save(
+            plan,
+            written,
+            small,
+            run_id=assignment.run_id,
+            save_index=assignment.save_index,
+            parent=parent,
+            num_ranks=assignment.num_ranks,
+            save=None,
+        )
         vote = make_vote(seat.rank, self.directory, own, plan.choice)
         staged.deliver(vote.model_dump_json().encode())
         if seat.rank != 0:  # what is left of it is empty, and nobody tells this rank when all is done
