@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import time
@@ -43,8 +44,10 @@ def run() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_waits(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     shorten_waits(monkeypatch)
+    # What is logged here need not be UTF-8, and a report that pytest sends from one process to another must be.
+    caplog.set_level(logging.CRITICAL + 1, "llmtailor")
 
 
 # ---- All is well ----
