@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import llmtailor
 from llmtailor.checkpoint import open_checkpoint
+from llmtailor.load import Target, plan_targets, read_saved_states
+from llmtailor.shards import whole_shard
+from llmtailor.state_keys import state_key
+from llmtailor.tensor_bytes import torch_dtype
 from llmtailor.verify import verify_checkpoint
 from merge.deepspeed_training import EXTENSIONS
 from ranks.launch import run_ranks
+from ranks.loop_trainings import digests
 
 PROGRAM = Path(__file__).parent / "engine_trainings.py"
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
@@ -40,9 +46,12 @@ class Trainings:
     def of(self, case: str) -> Path:
         cases = FAST if case in FAST else SLOW
         if case not in self._done:
+            assert not (self._directory / case).exists(), "the launch of this case has failed before"
             run_ranks(PROGRAM, 2, "begin", self._directory, *cases, expected=(-9,), environment=ENVIRONMENT)
-            for each in cases:  # moved when all ranks' files were durable
-                assert (self._directory / each / "latest").read_text() == "checkpoint-4\n"
+            for each in cases:  # it follows what is durable on all ranks, and the kill may have come in between
+                latest = (self._directory / each / "latest").read_text()
+                assert latest in ("checkpoint-2\n", "checkpoint-4\n")
+                assert open_checkpoint(self._directory / each / latest.strip())
             run_ranks(PROGRAM, 2, "resume", self._directory, *cases, environment=ENVIRONMENT)
             self._done |= set(cases)
         return self._directory
@@ -85,6 +94,24 @@ def test_layers_of_parity_are_those_of_the_step_they_claim(trainings: Trainings,
         step = steps[layer_of[fqn]]
         if step == 4 or name == fqn or name.endswith(".master"):
             assert digest == truth[str(step)][name], name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_holds_each_layer_as_it_was_at_its_step(trainings: Trainings, case: str) -> None:
+    """All of it, moments and update counts too: put together from the files of both ranks."""
+    directory = trainings.of(case)
+    found = open_checkpoint(directory / case / "checkpoint-4")
+    held = [tensor for tensor in found.manifest.tensors if tensor.tied_to is None]
+    metas = {tensor.fqn: (tensor.meta, tensor.layer) for tensor in held}
+    for fqn, saved in read_saved_states(found).items():
+        metas |= {state_key(fqn, leaf): (meta, metas[fqn][1]) for leaf, meta in saved.metas.items()}
+    wholes = {name: torch.empty(meta.shape, dtype=torch_dtype(meta.dtype)) for name, (meta, _) in metas.items()}
+    targets = {name: [Target(tensor=whole, shard=whole_shard(whole.shape))] for name, whole in wholes.items()}
+    plan_targets(found, targets).fill()
+    truth = read(directory, case, "truth")
+    steps = {layer.name: layer.step for layer in found.manifest.layers}
+    assert digests(wholes) == {name: truth[str(steps[layer])][name] for name, (_, layer) in metas.items()}
+    assert metas.keys() == truth["4"].keys()
 
 
 @pytest.mark.parametrize("case", CASES)

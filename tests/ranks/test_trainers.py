@@ -41,6 +41,7 @@ class Trainings:
     def of(self, case: str) -> Path:
         if case not in self._done:
             cases = next(launch for launch in LAUNCHES if case in launch)
+            assert not (self._directory / case).exists(), "the launch of this case has failed before"
             run_ranks(PROGRAM, 2, "begin", self._directory, *cases, expected=(-9,), environment=ENVIRONMENT)
             run_ranks(PROGRAM, 2, "resume", self._directory, *cases, environment=ENVIRONMENT)
             self._done |= set(cases)

@@ -74,7 +74,7 @@ class SaveHandle:
         self.path: Path | None = None
         """The checkpoint's directory, once it is published."""
         self.manifest: Manifest | None = None
-        """Once it is published."""
+        """Once it is published. Of many ranks, those other than 0 have it with their own files alone."""
         self.stats: SaveStats | None = None
         """Once it is published."""
         self.error = error
