@@ -30,10 +30,10 @@ fix: $(DEV)  ## Reformat, and repair what ruff can repair
 	$(BIN)/ruff format .
 
 test: $(DEV)  ## All tests but the slow ones and those for a GPU
-	$(PYTEST) -q -n 2 --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) -q -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: $(DEV)  ## Every test; those for a GPU skip themselves where there is none
-	$(PYTEST) -q -n 2 --dist loadfile
+	$(PYTEST) -q -n 2 --dist worksteal
 
 ##@ Measure and document
 .PHONY: bench bench-gpu docs

@@ -100,15 +100,11 @@ def build_case(case: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     return build(framework, dtype, 96 if "q8" in case else 18)  # codes make nothing of small tensors
 
 
-def is_replica(framework: str) -> bool:
-    """Every rank gets the same data: there is no data parallelism."""
-    return framework == "tp"
-
-
 def seed_rank(framework: str) -> None:
-    rank = 0 if is_replica(framework) else dist.get_rank()
-    torch.manual_seed(100 + rank)
-    random.seed(100 + rank)
+    """Ranks that hold pieces of the same matrices (tensor parallelism) get the same data and dropout."""
+    group = {"tp": 0, "fsdp_tp": dist.get_rank() // 2}.get(framework, dist.get_rank())
+    torch.manual_seed(100 + group)
+    random.seed(100 + group)
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> float:

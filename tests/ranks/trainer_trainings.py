@@ -100,8 +100,11 @@ def build(directory: Path, case: str, *, stop: int | None = None, callback: Any 
 
 def zero_config(stage: int, dtype: str) -> dict[str, Any]:
     from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    AcceleratorState._reset_state(True)  # or the next case would train at the stage of the first
+    # Or the next case would train at the stage of the first, and its model begin with other numbers at stage 3.
+    AcceleratorState._reset_state(True)
+    unset_hf_deepspeed_config()
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
