@@ -12,6 +12,8 @@ import torch
 
 import llmtailor
 from llmtailor.checkpoint import open_checkpoint
+from llmtailor.errors import InvalidInputError
+from llmtailor.integrations.deepspeed import install
 from llmtailor.load import Target, plan_targets, read_saved_states
 from llmtailor.shards import whole_shard
 from llmtailor.state_keys import state_key
@@ -165,3 +167,14 @@ def test_exported_to_deepspeed_it_is_what_stock_deepspeed_loads(
     assert found["loaded"] == read(resumed, case, "truth")["4"]
     assert found["losses"] == straight["losses"][4:]
     assert found["final"] == straight["final"]
+
+
+@pytest.mark.slow
+def test_accelerates_own_save_state_goes_through_the_engine(tmp_path: Path) -> None:
+    run_ranks(PROGRAM.with_name("accelerate_engine.py"), 2, tmp_path, environment=ENVIRONMENT)
+    manifest = open_checkpoint(tmp_path / "checkpoint-2").manifest
+    assert {layer.step for layer in manifest.layers} == {1, 2}
+    assert verify_checkpoint(tmp_path / "checkpoint-2").problems == ()
+    with pytest.raises(InvalidInputError) as caught:
+        install(torch.nn.Linear(1, 1))
+    assert caught.value.kind == "not-an-engine"

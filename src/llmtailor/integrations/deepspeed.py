@@ -23,7 +23,7 @@ from typing import Any, Unpack
 from ..checkpoint import Checkpoint, describe_layers, open_checkpoint
 from ..checkpointer import Checkpointer
 from ..engine_options import EngineOptions, check_options, engine_options
-from ..errors import NotFoundError, UnsupportedError
+from ..errors import InvalidInputError, NotFoundError, UnsupportedError
 from ..meeting import Outcome
 from ..ranks import join_ranks
 from ..resume import Fill, load_named
@@ -77,6 +77,13 @@ def install(
         UnsupportedError: The engine spreads its state in a way that is not known here (stage 0, MiCS, hpZ, experts).
     """
     check_options(engine_options(options))
+    if not hasattr(engine, "load_checkpoint") or not hasattr(engine, "global_steps"):
+        raise InvalidInputError(
+            "not a DeepSpeed engine",
+            kind="not-an-engine",
+            expected="what deepspeed.initialize returns first, or accelerator.prepare under DeepSpeed",
+            found=type(engine).__qualname__,
+        )
     run = DeepSpeedRun(
         engine,
         {
