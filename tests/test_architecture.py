@@ -24,6 +24,7 @@ LEVELS = {
     "layers": 1,
     "local_parts": 1,
     "manifest": 1,
+    "manifest_rules": 1,
     "model_state": 1,
     "optimizer_check": 1,
     "optimizer_state": 1,

@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .ballots import Ballots
 from .checkpoint import Checkpoint
 from .codecs import SKIP, parse_rest
-from .engine_options import DEFAULT_COMMIT_TIMEOUT_SECS, EngineOptions, check_options, check_rank_options
+from .engine_options import DEFAULT_COMMIT_TIMEOUT_SECS, EngineOptions, check_options
 from .errors import (
     FormatError,
     InvalidInputError,
@@ -108,18 +108,13 @@ class Checkpointer:
         on_published: Callable[[Path], None] | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        check_options(options)
-        if ranks is not None:
-            check_rank_options(options)
+        check_options(options, has_peers=ranks is not None)
         self._has_peers = ranks is not None
         self.meeting = Meeting(ranks)
         """Of the ranks, for what they do together."""
         self._strategy = parse_strategy(strategy)
         self._rest = parse_rest(options.get("rest", SKIP))
-        seat = Seat()
-        if ranks is not None:
-            seat = Seat(rank=ranks.rank, size=ranks.size, spread=options.get("spread_layers", False))
-        self._seat = seat
+        self._seat = seat = _take_seat(ranks, options)
         self._reader: StateReader = LiveReader(split_experts=split_experts, overrides=layer_overrides, seat=seat)
         self._options = options
         self._is_blocking = options.get("capture", "lazy") == "blocking"
@@ -149,9 +144,9 @@ class Checkpointer:
             self._tiers.close()
             raise
         self._lineage = Lineage(self._tiers, session, seat, on_published=None if seat.rank else on_published)
+        timeout_secs = options.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
         self._ballots: Ballots | None = None
         if ranks is not None:
-            timeout_secs = options.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
             self._ballots = Ballots(ranks, self._directory, timeout_secs, newest=lambda: self._lineage.newest)
         hook = register_optimizer_step_pre_hook(_hold_back(weakref.ref(self._engine)))
         self._open_run = OpenRun(self._directory, hook, self._engine, self._tiers)
@@ -288,10 +283,15 @@ class Checkpointer:
             handle.wait_until_captured()
         self._engine.note_return(handle)
         self.collect()
-        if 1 < len(self._open_run.failures) != self._num_failures_raised:
-            self._num_failures_raised = len(self._open_run.failures)
-            raise self._open_run.failures[-1] from self._open_run.failures[-2]
+        self._raise_repeated_failure()
         return handle
+
+    def _raise_repeated_failure(self) -> None:
+        """The first of failures in a row is warned of, each further one raised once."""
+        failures = self._open_run.failures
+        if 1 < len(failures) != self._num_failures_raised:
+            self._num_failures_raised = len(failures)
+            raise failures[-1] from failures[-2]
 
     def _check_step(self, step: int) -> None:
         newest = self._lineage.newest_step
@@ -449,6 +449,12 @@ class Checkpointer:
             failures, self._open_run.failures = self._open_run.failures, []
         if failures:
             raise failures[-1]
+
+
+def _take_seat(ranks: Ranks | None, options: EngineOptions) -> Seat:
+    if ranks is None:
+        return Seat()
+    return Seat(rank=ranks.rank, size=ranks.size, spread=options.get("spread_layers", False))
 
 
 def _hold_back(engine: weakref.ref[Engine]) -> Callable[..., None]:

@@ -10,7 +10,7 @@ from .codecs import Rest
 from .errors import InvalidInputError, UnsupportedError
 from .writer import Durability, WhenBusy
 
-__all__ = ["DEFAULT_COMMIT_TIMEOUT_SECS", "EngineOptions", "check_options", "check_rank_options", "engine_options"]
+__all__ = ["DEFAULT_COMMIT_TIMEOUT_SECS", "EngineOptions", "check_options", "engine_options"]
 
 DEFAULT_COMMIT_TIMEOUT_SECS = 600.0
 
@@ -51,11 +51,16 @@ def engine_options(options: Mapping[str, Any]) -> EngineOptions:
     return cast(EngineOptions, {key: options[key] for key in EngineOptions.__annotations__ if key in options})
 
 
-def check_options(options: EngineOptions) -> None:
+def check_options(options: EngineOptions, *, has_peers: bool = False) -> None:
     """Refuse options that make no sense, before anything is opened.
+
+    Args:
+        options: As given.
+        has_peers: They are for one of several ranks.
 
     Raises:
         InvalidInputError: Says which.
+        UnsupportedError: Several ranks cannot agree on one.
     """
     choices = {"capture": ("lazy", "blocking"), "when_busy": ("wait", "skip"), "durable": ("local", "mirror")}
     given: Mapping[str, object] = {**options}
@@ -70,14 +75,12 @@ def check_options(options: EngineOptions) -> None:
         raise _refuse("max_in_flight", "a number >= 1", in_flight)
     if given.get("mirror") is None and (given.get("durable") == "mirror" or given.get("mirror_keep") is not None):
         raise _refuse("mirror", "a directory, for durable='mirror' and mirror_keep are about it", None)
+    if has_peers:
+        _refuse_moments(options)
 
 
-def check_rank_options(options: EngineOptions) -> None:
-    """Refuse what several ranks cannot agree on: each plans by itself, with what must not depend on when it looks.
-
-    Raises:
-        UnsupportedError: Says which.
-    """
+def _refuse_moments(options: EngineOptions) -> None:
+    """Each rank plans by itself, so what it plans with must not depend on when it looks."""
     for name, value, only in (
         ("max_in_flight", options.get("max_in_flight", 1), 1),
         ("when_busy", options.get("when_busy", "wait"), "wait"),

@@ -191,41 +191,41 @@ class Lineage:
                     return None
                 return self._parent.path, record
 
-        def plan_links(written: Mapping[str, WrittenLayer]) -> list[LinkedFile]:
-            with self._mutex:
-                rebased = self._rebase(plan)
-                if self._is_new_branch:
-                    self._tiers.leave_branch(plan.step, is_first=not self._follows_own())
-                    self._is_new_branch = False
-                return [
-                    LinkedFile(record=file, source=self._source(file), layer=layer)
-                    for layer, file in rebased.links(written)
-                ]
-
         def build_manifest(
             written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost
         ) -> Manifest:
             with self._mutex, _translate_schema_errors(staged.path):
                 return self._describe(self._rebase(plan), written, small, cost)
 
-        def note_published(path: Path, manifest: Manifest, digest: str) -> None:
-            with self._mutex:
-                self._parent = Checkpoint(path=path, manifest=manifest, digest=digest)
-                # It refers to the live state, which may be given up before the next save looks here.
-                self._planned = [each for each in self._planned if each[0] is not plan]
-
         return SaveJob(
             step=plan.step,
             staged=staged,
             images=plan.images,
             find_base=find_base,
-            plan_links=plan_links,
+            plan_links=lambda written: self._plan_links(plan, written),
             build_manifest=build_manifest,
             is_first=lambda: not self._follows_own(),
-            on_published=note_published,
+            on_published=lambda path, manifest, digest: self._note_published(plan, path, manifest, digest),
             tidy_up=lambda path: self._follow_up(path, handle, pinned),
             ballot=ballot,
         )
+
+    def _plan_links(self, plan: SavePlan, written: Mapping[str, WrittenLayer]) -> list[LinkedFile]:
+        with self._mutex:
+            rebased = self._rebase(plan)
+            if self._is_new_branch:
+                self._tiers.leave_branch(plan.step, is_first=not self._follows_own())
+                self._is_new_branch = False
+            return [
+                LinkedFile(record=file, source=self._source(file), layer=layer)
+                for layer, file in rebased.links(written)
+            ]
+
+    def _note_published(self, plan: SavePlan, path: Path, manifest: Manifest, digest: str) -> None:
+        with self._mutex:
+            self._parent = Checkpoint(path=path, manifest=manifest, digest=digest)
+            # It refers to the live state, which may be given up before the next save looks here.
+            self._planned = [each for each in self._planned if each[0] is not plan]
 
     def _follow_up(self, path: Path, handle: SaveHandle, pinned: Collection[int]) -> None:
         try:

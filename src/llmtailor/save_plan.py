@@ -219,29 +219,15 @@ def plan_save(
         UnsupportedError: Layers that are spread over ranks are to be coded.
     """
     if rest is not None and live.layout is not None:
-        raise UnsupportedError(
-            "codes of layers that are spread over ranks are not supported yet",
-            kind="sharded-codes",
-            expected='rest="skip"',
-            found=f"rest={rest.text!r}",
-            hint="leave rest out; rest works where every rank holds the whole state (DDP)",
-        )
+        raise _refuse_codes(rest)
     previous = {} if parent is None else _find_linkable(parent, live, contents, is_linkable, seat)
     save_index = 0 if parent is None else parent.save_index + 1
-    statuses = tuple(
-        LayerStatus(
-            name=layer.name,
-            kind=layer.kind,
-            stack=layer.stack,
-            index=layer.index,
-            nbytes=live.nbytes[layer.name],
-            saved_step=previous[layer.name].step if layer.name in previous else None,
-        )
-        for layer in live.layers
-    )
+    statuses = tuple(_status(layer, live, previous.get(layer.name)) for layer in live.layers)
     chosen = choose_layers(strategy, SaveContext(step=step, save_index=save_index, layers=statuses))
     planned = [_plan_layer(choice, live, rest, previous) for choice in chosen]
     kept = frozenset(choice.layer for choice in chosen if not choice.is_saved) if rest is None else frozenset[str]()
+    told: dict[str, object] = {"step": step, "save_index": save_index, "contents": contents, "strategy": strategy.text}
+    told |= {"rest": rest and rest.text, "layers": [[each.layer, each.is_saved, each.reason] for each in chosen]}
     return SavePlan(
         step=step,
         save_index=save_index,
@@ -256,17 +242,30 @@ def plan_save(
         kept=kept,
         seat=seat,
         layout=live.layout,
-        choice=digest_choice(
-            {
-                "step": step,
-                "save_index": save_index,
-                "contents": contents,
-                "strategy": strategy.text,
-                "rest": None if rest is None else rest.text,
-                "layers": [[each.layer, each.is_saved, each.reason] for each in chosen],
-            }
-        ),
+        choice=digest_choice(told),
         has_whole_weights=not any(_has_part_of_weights(image, seat) for image in live.images.values()),
+    )
+
+
+def _refuse_codes(rest: Rest) -> UnsupportedError:
+    return UnsupportedError(
+        "codes of layers that are spread over ranks are not supported yet",
+        kind="sharded-codes",
+        expected='rest="skip"',
+        found=f"rest={rest.text!r}",
+        hint="leave rest out; rest works where every rank holds the whole state (DDP)",
+    )
+
+
+def _status(layer: Layer, live: LiveLayers, previous: LayerRecord | None) -> LayerStatus:
+    """What a strategy is told of a layer; the same on every rank."""
+    return LayerStatus(
+        name=layer.name,
+        kind=layer.kind,
+        stack=layer.stack,
+        index=layer.index,
+        nbytes=live.nbytes[layer.name],
+        saved_step=None if previous is None else previous.step,
     )
 
 

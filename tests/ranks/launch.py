@@ -12,6 +12,48 @@ from pathlib import Path
 TIMEOUT_SECS = 240
 
 
+class Launches:
+    """Trainings that are begun, killed and resumed when one of them is first asked for, several in a launch.
+
+    Args:
+        program: Takes ``begin`` or ``resume``, a directory and cases; each rank kills itself at the end of ``begin``.
+        directory: Where the cases are.
+        launches: The cases of each launch.
+        environment: Beside that of this process.
+    """
+
+    def __init__(
+        self, program: Path, directory: Path, launches: Sequence[Sequence[str]], environment: Mapping[str, str]
+    ) -> None:
+        self._program = program
+        self._directory = directory
+        self._launches = launches
+        self._environment = environment
+        self._done: set[str] = set()
+
+    def of(self, case: str) -> Path:
+        """The directory, when a case was trained."""
+        if case not in self._done:
+            assert not (self._directory / case).exists(), "the launch of this case has failed before"
+            cases = next(launch for launch in self._launches if case in launch)
+            for verb, status in (("begin", -9), ("resume", 0)):
+                run_ranks(
+                    self._program,
+                    2,
+                    verb,
+                    self._directory,
+                    *cases,
+                    expected=(status,),
+                    environment=self._environment,
+                )
+                self.look(verb, self._directory, cases)
+            self._done |= set(cases)
+        return self._directory
+
+    def look(self, verb: str, directory: Path, cases: Sequence[str]) -> None:
+        """Called after each launch; for what can be seen only then."""
+
+
 def start_ranks(
     program: Path, num_ranks: int, *arguments: object, environment: Mapping[str, str] | None = None
 ) -> list[subprocess.Popen[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llmtailor.state_keys import state_key
 from llmtailor.tensor_bytes import torch_dtype
 from llmtailor.verify import verify_checkpoint
 from merge.deepspeed_training import EXTENSIONS
-from ranks.launch import run_ranks
+from ranks.launch import Launches, run_ranks
 from ranks.loop_trainings import digests
 
 PROGRAM = Path(__file__).parent / "engine_trainings.py"
@@ -38,30 +39,18 @@ SLOW.sort(key=lambda case: case[:5])
 CASES = [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 
 
-class Trainings:
-    """Trained, killed and resumed when first asked for: the fast ones in one launch, the slow ones in another."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._done: set[str] = set()
-
-    def of(self, case: str) -> Path:
-        cases = FAST if case in FAST else SLOW
-        if case not in self._done:
-            assert not (self._directory / case).exists(), "the launch of this case has failed before"
-            run_ranks(PROGRAM, 2, "begin", self._directory, *cases, expected=(-9,), environment=ENVIRONMENT)
-            for each in cases:  # it follows what is durable on all ranks, and the kill may have come in between
-                latest = (self._directory / each / "latest").read_text()
-                assert latest in ("checkpoint-2\n", "checkpoint-4\n")
-                assert open_checkpoint(self._directory / each / latest.strip())
-            run_ranks(PROGRAM, 2, "resume", self._directory, *cases, environment=ENVIRONMENT)
-            self._done |= set(cases)
-        return self._directory
+class Engines(Launches):
+    def look(self, verb: str, directory: Path, cases: Sequence[str]) -> None:
+        for case in cases:
+            # It follows what is durable on all ranks, and the kill may have come in between.
+            latest = (directory / case / "latest").read_text()
+            assert latest in (("checkpoint-2\n", "checkpoint-4\n") if verb == "begin" else ("checkpoint-6\n",))
+            assert open_checkpoint(directory / case / latest.strip())
 
 
 @pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    return Trainings(tmp_path_factory.mktemp("engines"))
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    return Engines(PROGRAM, tmp_path_factory.mktemp("engines"), [FAST, SLOW], ENVIRONMENT)
 
 
 def is_of(strategy: str, case: Any) -> bool:
@@ -73,7 +62,7 @@ def read(directory: Path, case: str, name: str) -> Any:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if is_of("full", case)])
-def test_full_goes_on_bit_for_bit(trainings: Trainings, case: str) -> None:
+def test_full_goes_on_bit_for_bit(trainings: Launches, case: str) -> None:
     resumed = trainings.of(case)
     straight, found = read(resumed, case, "straight"), read(resumed, case, "resumed")
     assert found["start"] == 4
@@ -83,7 +72,7 @@ def test_full_goes_on_bit_for_bit(trainings: Trainings, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if is_of("parity", case)])
-def test_layers_of_parity_are_those_of_the_step_they_claim(trainings: Trainings, case: str) -> None:
+def test_layers_of_parity_are_those_of_the_step_they_claim(trainings: Launches, case: str) -> None:
     """But for moments of stale layers, which go on with the one update count that DeepSpeed keeps for a group."""
     resumed = trainings.of(case)
     truth, found = read(resumed, case, "truth"), read(resumed, case, "resumed")
@@ -99,7 +88,7 @@ def test_layers_of_parity_are_those_of_the_step_they_claim(trainings: Trainings,
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_checkpoint_holds_each_layer_as_it_was_at_its_step(trainings: Trainings, case: str) -> None:
+def test_a_checkpoint_holds_each_layer_as_it_was_at_its_step(trainings: Launches, case: str) -> None:
     """All of it, moments and update counts too: put together from the files of both ranks."""
     directory = trainings.of(case)
     found = open_checkpoint(directory / case / "checkpoint-4")
@@ -117,7 +106,7 @@ def test_a_checkpoint_holds_each_layer_as_it_was_at_its_step(trainings: Training
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_checkpoint_verifies(trainings: Trainings, case: str) -> None:
+def test_every_checkpoint_verifies(trainings: Launches, case: str) -> None:
     resumed = trainings.of(case)
     assert (resumed / case / "latest").read_text() == "checkpoint-6\n"
     for step in (2, 4, 6):
@@ -132,7 +121,7 @@ def test_every_checkpoint_verifies(trainings: Trainings, case: str) -> None:
 @pytest.mark.parametrize(
     "num_ranks", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
 )
-def test_another_number_of_ranks_loads_the_same_state(trainings: Trainings, num_ranks: int, tmp_path: Path) -> None:
+def test_another_number_of_ranks_loads_the_same_state(trainings: Launches, num_ranks: int, tmp_path: Path) -> None:
     cases, resumed = FAST, trainings.of(FAST[0])
     for case in cases:
         shutil.copytree(resumed / case, tmp_path / case)
@@ -146,7 +135,7 @@ def test_another_number_of_ranks_loads_the_same_state(trainings: Trainings, num_
 
 
 @pytest.mark.slow
-def test_another_stage_loads_the_same_state(trainings: Trainings, tmp_path: Path) -> None:
+def test_another_stage_loads_the_same_state(trainings: Launches, tmp_path: Path) -> None:
     resumed = trainings.of("zero2-full-bf16")
     shutil.copytree(resumed / "zero2-full-bf16", tmp_path / "zero3-full-bf16")
     shutil.rmtree(tmp_path / "zero3-full-bf16" / "checkpoint-6")
@@ -157,7 +146,7 @@ def test_another_stage_loads_the_same_state(trainings: Trainings, tmp_path: Path
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_exported_to_deepspeed_it_is_what_stock_deepspeed_loads(
-    trainings: Trainings, stage: int, tmp_path: Path
+    trainings: Launches, stage: int, tmp_path: Path
 ) -> None:
     case = f"zero{stage}-full-bf16"
     resumed = trainings.of(case)

@@ -12,7 +12,7 @@ import pytest
 from llmtailor.checkpoint import open_checkpoint
 from llmtailor.verify import verify_checkpoint
 from merge.deepspeed_training import EXTENSIONS
-from ranks.launch import run_ranks
+from ranks.launch import Launches, run_ranks
 
 PROGRAM = Path(__file__).parent / "trainer_trainings.py"
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
@@ -32,26 +32,9 @@ CASES = [
 ]
 
 
-class Trainings:
-    """Trained, killed and resumed when first asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._done: set[str] = set()
-
-    def of(self, case: str) -> Path:
-        if case not in self._done:
-            cases = next(launch for launch in LAUNCHES if case in launch)
-            assert not (self._directory / case).exists(), "the launch of this case has failed before"
-            run_ranks(PROGRAM, 2, "begin", self._directory, *cases, expected=(-9,), environment=ENVIRONMENT)
-            run_ranks(PROGRAM, 2, "resume", self._directory, *cases, environment=ENVIRONMENT)
-            self._done |= set(cases)
-        return self._directory
-
-
 @pytest.fixture(scope="module")
-def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
-    return Trainings(tmp_path_factory.mktemp("trainers"))
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    return Launches(PROGRAM, tmp_path_factory.mktemp("trainers"), LAUNCHES, ENVIRONMENT)
 
 
 def read(directory: Path, case: str, name: str) -> Any:
@@ -59,7 +42,7 @@ def read(directory: Path, case: str, name: str) -> Any:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "-full-" in case.values[0]])
-def test_full_goes_on_bit_for_bit(trainings: Trainings, case: str) -> None:
+def test_full_goes_on_bit_for_bit(trainings: Launches, case: str) -> None:
     resumed = trainings.of(case)
     straight, found = read(resumed, case, "straight"), read(resumed, case, "resumed")
     assert found["losses"] == straight["losses"]
@@ -67,7 +50,7 @@ def test_full_goes_on_bit_for_bit(trainings: Trainings, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "-parity-" in case.values[0]])
-def test_layers_of_parity_are_those_of_the_step_they_claim(trainings: Trainings, case: str) -> None:
+def test_layers_of_parity_are_those_of_the_step_they_claim(trainings: Launches, case: str) -> None:
     resumed = trainings.of(case)
     truth, found = read(resumed, case, "truth"), read(resumed, case, "resumed")
     manifest = open_checkpoint(resumed / case / "checkpoint-4").manifest
@@ -86,7 +69,7 @@ def test_layers_of_parity_are_those_of_the_step_they_claim(trainings: Trainings,
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_checkpoint_verifies(trainings: Trainings, case: str) -> None:
+def test_every_checkpoint_verifies(trainings: Launches, case: str) -> None:
     resumed = trainings.of(case)
     steps = sorted(int(path.name.split("-")[1]) for path in (resumed / case).glob("checkpoint-*"))
     assert steps == [2, 4, 6]
@@ -99,7 +82,7 @@ def test_every_checkpoint_verifies(trainings: Trainings, case: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [3, 4])
-def test_another_number_of_ranks_loads_the_same_state(trainings: Trainings, num_ranks: int, tmp_path: Path) -> None:
+def test_another_number_of_ranks_loads_the_same_state(trainings: Launches, num_ranks: int, tmp_path: Path) -> None:
     cases = ["fsdp-full-fp32", "fsdp-parity-bf16"]
     resumed = trainings.of(cases[0])
     for case in cases:

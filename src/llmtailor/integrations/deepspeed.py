@@ -24,13 +24,14 @@ from ..checkpoint import Checkpoint, describe_layers, open_checkpoint
 from ..checkpointer import Checkpointer
 from ..engine_options import EngineOptions, check_options, engine_options
 from ..errors import InvalidInputError, NotFoundError, UnsupportedError
+from ..manifest import MANIFEST_NAME
 from ..meeting import Outcome
 from ..ranks import join_ranks
 from ..resume import Fill, load_named
 from ..storage import checkpoint_name, list_checkpoints
 from ..strategies import SaveContext, Strategy, parse_strategy
 from ..writer import SaveHandle
-from ..zero import ZeroLoad, ZeroReader, read_engine_state, write_engine_state
+from ..zero import EngineState, ZeroLoad, ZeroReader, read_engine_state, write_engine_state
 
 __all__ = ["DeepSpeedRun", "install"]
 
@@ -109,8 +110,8 @@ class DeepSpeedRun:
         self._stock_load: Callable[..., Any] = engine.load_checkpoint
         self._checkpointer: Checkpointer | None = None
         self._directory: Path | None = None
-        self._tags: dict[int, str] = {}
-        """Of saves whose ``latest`` is to be moved, by step."""
+        self._latest: set[int] = set()
+        """Steps of saves that ``latest`` is to name."""
         self.last_save: SaveHandle | None = None
         """The newest save of this process: ``result()`` waits until it is durable."""
 
@@ -144,14 +145,13 @@ class DeepSpeedRun:
             )
         engine, checkpointer = self._engine, self._open(Path(save_dir))
         step = int(engine.global_steps)
-        told = {"tag": None if tag is None else str(tag), "client_state": dict(client_state or {})}
 
         def write_small_files(directory: Path) -> None:
             if checkpointer.seat.rank == 0:
-                write_engine_state(engine, directory, told)
+                write_engine_state(engine, directory, client_state=client_state, tag=None if tag is None else str(tag))
 
         if save_latest:
-            self._tags = {**self._tags, step: checkpoint_name(step)}
+            self._latest = {*self._latest, step}
         self.last_save = checkpointer.save(step, engine.module, [engine.optimizer], write_small_files)
         return True
 
@@ -177,7 +177,7 @@ class DeepSpeedRun:
             custom_load_fn: Not supported.
 
         Returns:
-            The checkpoint's directory and the ``client_state`` it was saved with; (None, None) if there is none.
+            Its directory and the ``client_state`` it was saved with; (None, None) if there is none.
 
         Raises:
             NotFoundError: No checkpoint has that tag.
@@ -186,56 +186,57 @@ class DeepSpeedRun:
         """
         path = Path(load_dir)
         is_run = path.is_dir() and any(entry.has_manifest for entry in list_checkpoints(path))
-        if not is_run and not (path / "tailor.json").is_file():
-            return self._load_stock(
-                load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
+        if not is_run and not (path / MANIFEST_NAME).is_file():  # its first save with us is full
+            of_stock: tuple[str | None, dict[str, Any] | None] = self._stock_load(
+                str(load_dir),
+                tag,
+                load_module_strict,
+                load_optimizer_states,
+                load_lr_scheduler_states,
+                load_module_only,
+                custom_load_fn,
             )
+            return of_stock
         if custom_load_fn is not None or not load_module_strict:
             raise UnsupportedError(
                 "weights are loaded by name, all of them",
                 kind="load-options",
                 expected="load_module_strict=True and no custom_load_fn",
             )
-        loads: dict[Path, ZeroLoad] = {}
         has_optimizer = load_optimizer_states and not load_module_only
-
-        def plan(candidate: Checkpoint) -> Fill:
-            read_engine_state(candidate.path)
-            loads[candidate.path.resolve()] = load = ZeroLoad(self._engine, candidate, has_optimizer=has_optimizer)
-            return load.fill
-
         checkpointer = self._open(path if is_run else path.parent)
-        if not is_run:
-            found: Checkpoint | None = load_named(path, plan, checkpointer.meeting)
-        elif tag is not None:
-            found = load_named(_find_tag(path, str(tag)), plan, checkpointer.meeting)
-        else:
-            found = checkpointer.load(plan)
-        if found is None:
+        if is_run and tag is not None:
+            path = _find_tag(path, str(tag))
+        is_newest = is_run and tag is None
+        loaded = self._load(checkpointer, None if is_newest else path, has_optimizer=has_optimizer)
+        if loaded is None:
             checkpointer.begin(None)
             return None, None
-        state, told = read_engine_state(found.path)
-        loads[found.path.resolve()].finish(None if load_module_only else state, with_schedule=load_lr_scheduler_states)
+        found, load, state = loaded
+        load.finish(None if load_module_only else state, with_schedule=load_lr_scheduler_states)
         checkpointer.meeting.agree(Outcome())
         checkpointer.begin(found)
         if checkpointer.seat.rank == 0:
             sys.stderr.write(describe_layers(found) + "\n")
-        return str(found.path), told["client_state"]
+        return str(found.path), state.client_state
 
-    def _load_stock(
-        self, load_dir: str | Path, tag: object, *options: bool
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        names = (
-            "load_module_strict",
-            "load_optimizer_states",
-            "load_lr_scheduler_states",
-            "load_module_only",
-        )
-        # Its first save with us is full.
-        result: tuple[str | None, dict[str, Any] | None] = self._stock_load(
-            str(load_dir), tag, **dict(zip(names, options, strict=True))
-        )
-        return result
+    def _load(
+        self, checkpointer: Checkpointer, named: Path | None, *, has_optimizer: bool
+    ) -> tuple[Checkpoint, ZeroLoad, EngineState] | None:
+        """Fill the engine from a checkpoint, or from the newest that verifies, on all ranks; None if there is none."""
+        loads: dict[Path, tuple[ZeroLoad, EngineState]] = {}
+
+        def plan(candidate: Checkpoint) -> Fill:
+            state = read_engine_state(candidate.path)
+            load = ZeroLoad(self._engine, candidate, has_optimizer=has_optimizer)
+            loads[candidate.path.resolve()] = load, state
+            return load.fill
+
+        if named is not None:
+            found: Checkpoint | None = load_named(named, plan, checkpointer.meeting)
+        else:
+            found = checkpointer.load(plan)
+        return None if found is None else (found, *loads[found.path.resolve()])
 
     def _open(self, directory: Path) -> Checkpointer:
         """The checkpointer of a run; one run at a time is open."""
@@ -269,9 +270,8 @@ class DeepSpeedRun:
         return checkpointer
 
     def _move_latest(self, checkpoint: Path) -> None:
-        name = self._tags.get(open_checkpoint(checkpoint).manifest.step)
-        if name is not None and self._checkpointer is not None:
-            self._checkpointer.write_pointer(_LATEST, name + "\n")
+        if open_checkpoint(checkpoint).manifest.step in self._latest and self._checkpointer is not None:
+            self._checkpointer.write_pointer(_LATEST, checkpoint.name + "\n")
 
     def wait_until_captured(self) -> None:
         """Wait until no save refers to the live state; before anything but ``engine.step()`` changes it."""
@@ -284,14 +284,11 @@ class DeepSpeedRun:
         Raises:
             WriteError: What stopped the last save.
         """
-        checkpointer, self._checkpointer = self._checkpointer, None
-        if checkpointer is None:
-            return
-        self._checkpointer = checkpointer
-        try:
-            checkpointer.close()
-        finally:
-            self._checkpointer = None
+        if self._checkpointer is not None:
+            try:
+                self._checkpointer.close()
+            finally:
+                self._checkpointer = None
 
     def __enter__(self) -> DeepSpeedRun:
         return self
@@ -310,7 +307,7 @@ def _find_tag(run: Path, tag: str) -> Path:
     if (named := _TAG_OF_STEP.fullmatch(tag)) and any(entry.step == int(named[1]) for entry in entries):
         return run / checkpoint_name(int(named[1]))
     for entry in reversed(entries):
-        if read_engine_state(entry.path)[1].get("tag") == tag:
+        if read_engine_state(entry.path).tag == tag:
             return entry.path
     raise NotFoundError(
         "no checkpoint of the run has this tag",

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..checkpoint import open_checkpoint
 from ..checkpointer import Checkpointer
-from ..zero import ZeroLoad, ZeroReader, read_engine_state, write_engine_state
+from ..zero import EngineState, ZeroLoad, ZeroReader, read_engine_state, write_engine_state
 from .trainer_files import is_ours
 
 __all__ = ["EngineOfTrainer", "save_engine"]
@@ -60,12 +60,12 @@ class EngineOfTrainer:
         if not is_ours(load_dir):
             result: tuple[str | None, dict[str, Any]] = engine._tailor_stock_load(load_dir, *args, **options)
             return result
-        loads: list[tuple[ZeroLoad, dict[str, Any]]] = []
+        loads: list[tuple[ZeroLoad, EngineState]] = []
 
         def fill() -> None:
             found = open_checkpoint(Path(load_dir))
             load = ZeroLoad(engine, found, has_optimizer=found.manifest.contents == "full")
-            loads.append((load, read_engine_state(found.path)[0]))
+            loads.append((load, read_engine_state(found.path)))
             load.fill(lambda record: None)
 
         self._tailor_together(fill)
@@ -80,6 +80,6 @@ def save_engine(engine: Any, staged: Path) -> bool:
     Returns:
         True if the learning rate schedule is among them: it is the engine's, not the Trainer's own.
     """
-    write_engine_state(engine, staged, {})
+    write_engine_state(engine, staged)
     (staged / f"global_step{int(engine.global_steps)}").write_text(_MARKER, encoding="utf-8")
     return engine.lr_scheduler is not None

@@ -21,7 +21,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..errors import FormatError, TailorError, WriteError
-from ..manifest import FileRecord, LayerRecord, Manifest
+from ..manifest import Manifest
 from ..ranks import LateError, Ranks
 from ..storage import SharedCheckpoint
 from ..votes import (
@@ -40,7 +40,7 @@ from ..votes import (
     to_line,
 )
 
-__all__ = ["Ballot", "Outcome", "find_elsewhere"]
+__all__ = ["Ballot", "Outcome", "find_elsewhere", "make_vote"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +129,7 @@ class Ballot:
         Raises:
             WriteError: The files could not be handed over, or the vote not be posted; or the others gave the save up.
         """
-        parent = None if manifest.parent is None else manifest.parent.digest
-        self._own = vote = self._vote(
-            schema_digest=digest_schema(manifest),
-            parent=parent,
-            layers=tuple(layer for layer in manifest.layers if layer.files),
-            files=manifest.files,
-        )
+        self._own = vote = self._vote(manifest)
         encoded, self._staged = encode_message(vote), staged
         try:
             staged.deliver(vote.model_dump_json().encode())
@@ -158,33 +152,9 @@ class Ballot:
             timeout_secs=self._post_secs,
         )
 
-    def _vote(
-        self,
-        *,
-        schema_digest: str = "",
-        parent: str | None = None,
-        layers: tuple[LayerRecord, ...] = (),
-        files: tuple[FileRecord, ...] = (),
-        error: str | None = None,
-        lost: tuple[str, ...] = (),
-    ) -> Vote:
-        try:
-            store = str(self._directory.resolve())
-        except (OSError, RuntimeError):  # links that go round in a circle
-            store = str(self._directory)
-        return Vote(
-            rank=self.ranks.rank,
-            step=self.step,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            store=to_line(store),
-            choice=self._choice,
-            schema_digest=schema_digest,
-            parent=parent,
-            layers=layers,
-            files=files,
-            error=error,
-            lost=lost,
+    def _vote(self, own: Manifest | None = None, *, error: str | None = None, lost: tuple[str, ...] = ()) -> Vote:
+        return make_vote(
+            self.ranks.rank, self.step, self._directory, choice=self._choice, own=own, error=error, lost=lost
         )
 
     def count(self, staged: SharedCheckpoint, own: Manifest) -> Manifest:
@@ -410,6 +380,47 @@ class Ballot:
     @property
     def _verdict_key(self) -> str:
         return f"{self.key}/verdict"
+
+
+def make_vote(
+    rank: int,
+    step: int,
+    directory: Path,
+    *,
+    choice: str,
+    own: Manifest | None = None,
+    error: str | None = None,
+    lost: tuple[str, ...] = (),
+) -> Vote:
+    """This process's vote on a save.
+
+    Args:
+        rank: Its number.
+        step: Of the checkpoint.
+        directory: The run.
+        choice: Digest of what it was going to write.
+        own: The save as it describes it, with its own files alone; None if it came to nothing.
+        error: What stopped its part.
+        lost: See ``Vote.lost``.
+    """
+    try:
+        store = str(directory.resolve())
+    except (OSError, RuntimeError):  # links that go round in a circle
+        store = str(directory)
+    return Vote(
+        rank=rank,
+        step=step,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        store=to_line(store),
+        choice=choice,
+        schema_digest="" if own is None else digest_schema(own),
+        parent=None if own is None or own.parent is None else own.parent.digest,
+        layers=() if own is None else tuple(layer for layer in own.layers if layer.files),
+        files=() if own is None else own.files,
+        error=error,
+        lost=lost,
+    )
 
 
 def find_elsewhere(staged: SharedCheckpoint, votes: Mapping[int, Vote]) -> Fault | None:

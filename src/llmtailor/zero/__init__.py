@@ -5,11 +5,12 @@ from .filling import ZeroFilling, load_groups
 from .live_layers import ZeroReader
 from .reading import MASTER, ZeroState, read_zero
 from .rest import load_rest, read_rest
-from .training import ENGINE_STATE_NAME, ZeroLoad, read_engine_state, write_engine_state
+from .training import ENGINE_STATE_NAME, EngineState, ZeroLoad, read_engine_state, write_engine_state
 
 __all__ = [
     "ENGINE_STATE_NAME",
     "MASTER",
+    "EngineState",
     "World",
     "ZeroFilling",
     "ZeroLoad",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,31 @@ from .filling import ZeroFilling, load_groups
 from .live_layers import ZeroReader
 from .rest import load_rest, read_rest
 
-__all__ = ["ENGINE_STATE_NAME", "ZeroLoad", "read_engine_state", "write_engine_state"]
+__all__ = ["ENGINE_STATE_NAME", "EngineState", "ZeroLoad", "read_engine_state", "write_engine_state"]
 
 
-def write_engine_state(engine: Any, directory: Path, client_state: Mapping[str, Any]) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineState:
+    """What a checkpoint of an engine holds beside layers."""
+
+    engine: Mapping[str, Any]
+    """Counters, loss scale and schedules, as ``read_rest`` gives them."""
+    client_state: dict[str, Any]
+    """The user's own."""
+    tag: str | None
+    """The name the user saved it by."""
+
+
+def write_engine_state(
+    engine: Any, directory: Path, *, client_state: Mapping[str, Any] | None = None, tag: str | None = None
+) -> None:
     """Save counters, loss scale, schedules, and what the user adds; on rank 0.
 
     Raises:
         UnsupportedError: Something of it could be saved and not be read back: more than tensors, numbers, text and
             containers.
     """
-    content = {"engine": read_rest(engine), "client_state": dict(client_state)}
+    content = {"engine": read_rest(engine), "client_state": dict(client_state or {}), "tag": tag}
     buffer = io.BytesIO()
     torch.save(content, buffer)
     data = buffer.getvalue()
@@ -50,8 +65,8 @@ def write_engine_state(engine: Any, directory: Path, client_state: Mapping[str, 
     (directory / ENGINE_STATE_NAME).write_bytes(data)
 
 
-def read_engine_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``write_engine_state`` saved of the engine, and of the user.
+def read_engine_state(checkpoint: Path) -> EngineState:
+    """What ``write_engine_state`` saved.
 
     Raises:
         IncompleteError: No DeepSpeed engine saved the checkpoint.
@@ -69,7 +84,7 @@ def read_engine_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return content["engine"], content["client_state"]
+        return EngineState(engine=content["engine"], client_state=content["client_state"], tag=content["tag"])
     except Exception as err:  # torch raises a dozen types for a file it refuses
         raise FormatError(f"cannot read {path.name}: {err}", kind="bad-object-file", path=path) from err
 
@@ -114,13 +129,13 @@ class ZeroLoad:
             load_groups(self._engine, self.groups)
         self._load.fill(on_file)
 
-    def finish(self, state: Mapping[str, Any] | None, *, with_schedule: bool = True) -> None:
+    def finish(self, state: EngineState | None, *, with_schedule: bool = True) -> None:
         """Make the engine consistent; on every rank, when all have filled: a collective at stage 3.
 
         Args:
-            state: Of the engine, as ``read_engine_state`` gives it; None leaves counters and schedules alone.
+            state: As ``read_engine_state`` gives it; None leaves counters and schedules alone.
             with_schedule: Load the learning rate schedule, too.
         """
         self._filling.finish()
         if state is not None:
-            load_rest(self._engine, state, with_schedule=with_schedule)
+            load_rest(self._engine, state.engine, with_schedule=with_schedule)

@@ -10,7 +10,7 @@ from ..torch_files import Tree, open_torch_file
 __all__ = ["ENGINE_STATE_NAME", "read_engine_state"]
 
 ENGINE_STATE_NAME = "deepspeed_state.pt"
-"""A small file of a checkpoint of ours: ``{"engine": counters and schedules, "client_state": ...}``, by torch.save."""
+"""A small file of a checkpoint of ours, by torch.save: ``engine`` (counters, schedules), ``client_state``, ``tag``."""
 
 # As both name them. Source: DeepSpeed 0.19.8, runtime/engine.py (_common_checkpoint_state).
 _SHARED = ("lr_scheduler", "random_ltd", "data_sampler", "global_steps", "global_samples", "skipped_steps")
@@ -28,7 +28,6 @@ def read_engine_state(catalog: Catalog) -> Mapping[str, Tree]:
         return {}
     content = open_torch_file(found.path)
     engine = content.get("engine") if isinstance(content, dict) else None
-    told = content.get("client_state") if isinstance(content, dict) else None
-    client_state = told.get("client_state") if isinstance(told, dict) else None
+    client_state = content.get("client_state") if isinstance(content, dict) else None
     entries = {name: engine[name] for name in _SHARED if name in engine} if isinstance(engine, dict) else {}
     return {**(client_state if isinstance(client_state, dict) else {}), **entries}

@@ -42,10 +42,9 @@ from ...save_plan import SavePlan, encode_index
 from ...storage import RunDirectory, SharedCheckpoint, StagingSeat
 from ...votes import Fault, Vote, judge, merge_votes
 from ...writer import LayerImage
-from ...writer.ballot import find_elsewhere
+from ...writer.ballot import find_elsewhere, make_vote
 from .layer_files import make_images, write_file, write_layers
 from .lineage import Assignment, DcpLineage
-from .own_part import make_vote
 from .planner import LocalSavePlan, SaveMeta, TailorPlanner
 from .reader import TailorReader
 from .small_files import NAMES, encode_names, encode_rest, rest_image
@@ -374,7 +373,7 @@ class TailorWriter(StorageWriter, AsyncStager):
             num_ranks=assignment.num_ranks,
             save=None,
         )
-        vote = make_vote(seat.rank, self.directory, own, plan.choice)
+        vote = make_vote(seat.rank, own.step, self.directory, choice=plan.choice, own=own)
         staged.deliver(vote.model_dump_json().encode())
         if seat.rank != 0:  # what is left of it is empty, and nobody tells this rank when all is done
             self._abandon()
