@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TIMEOUT_SECS = 240
+_PROCESS = Path(__file__).with_name("rank_process.py")
 
 
 class Launches:
@@ -74,7 +75,7 @@ def start_ranks(
     }
     return [
         subprocess.Popen(
-            [sys.executable, str(program), *map(str, arguments)],
+            [sys.executable, str(_PROCESS), str(program), *map(str, arguments)],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
