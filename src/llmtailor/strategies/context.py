@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+from ..drift import LayerDrift
 from ..errors import InvalidInputError
 from ..layers import LayerKind
 
@@ -27,6 +29,8 @@ class LayerStatus:
     """What writing it costs: weights and optimizer state."""
     saved_step: int | None
     """Step at which it was last written; None if never."""
+    drift: LayerDrift | None = None
+    """How it moved since; None if nobody measures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +41,15 @@ class SaveContext:
     """Optimizer steps done."""
     save_index: int
     """Saves of the run before this one; 0 for the first."""
+    previous_step: int | None = None
+    """Step of the save before; None for the first."""
     layers: tuple[LayerStatus, ...]
     """All layers, in model order."""
 
     def __post_init__(self) -> None:
         late = [layer.name for layer in self.layers if layer.saved_step is not None and layer.saved_step > self.step]
         assert not late, f"saved after step {self.step}: {late}"
+        assert self.previous_step is None or self.previous_step <= self.step
 
 
 class Strategy(ABC):
@@ -53,10 +60,16 @@ class Strategy(ABC):
 
     max_age: int | None
     """A layer older than this many optimizer steps is written whatever ``select`` says; None: no such bound."""
+    needs_drift: ClassVar[bool] = False
+    """Every layer's ``drift`` has to be measured before ``select`` is asked."""
 
     @abstractmethod
     def select(self, context: SaveContext) -> frozenset[str]:
         """Names of the layers to write. ``choose_layers`` adds those never written and those too old."""
+
+    def interval(self, layers: Sequence[LayerStatus]) -> int | None:
+        """Optimizer steps between two saves, where the strategy decides that too; None leaves it to the caller."""
+        return None
 
     @property
     @abstractmethod
