@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from faults import LAYERS, fake_manifest, fake_record
-from llmtailor.checkpoint import Checkpoint, describe_layers, summarize_steps
+from llmtailor.checkpoint import Checkpoint, describe_layers, expected_loss_steps, summarize_steps
 from llmtailor.manifest import EncodingRecord, ErrorRecord, FileRecord, LayerRecord
 from llmtailor.writer import WrittenLayer
 
@@ -63,7 +63,25 @@ def test_exact_layers_are_told_by_step() -> None:
     assert describe(400, layers) == [
         "  step     400 (newest): embed_tokens, layers.0-3",
         "  step     300 (100 steps old): norm",
+        "  about 16.7 steps of progress are lost (mean age of the layers, weighted by size)",
     ]
+
+
+def test_what_a_resume_loses_is_weighted_by_what_layers_matter() -> None:
+    layers = [
+        exact("embed_tokens", 400).model_copy(update={"share": 0.75, "drift": 0.5}),
+        exact("layers.0", 300).model_copy(update={"share": 0.2, "drift": 0.021}),
+        exact("norm", 300).model_copy(update={"share": 0.05, "drift": 0.004}),
+    ]
+    assert describe(400, layers) == [
+        "  step     400 (newest): embed_tokens",
+        "  step     300 (100 steps old, drift 0.4 % to 2.1 %): layers.0, norm",
+        "  about 25 steps of progress are lost (mean age of the layers, weighted by importance)",
+    ]
+
+
+def test_nothing_is_lost_by_layers_in_codes_of_the_newest_step() -> None:
+    assert expected_loss_steps(fake_manifest(400, [coded("norm", 400, exact_step=200), exact("layers.0", 400)])) == 0
 
 
 def test_blocks_are_joined_where_they_follow_each_other() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .drift import mean_age
 from .errors import IncompleteError
 from .formats.tailored import read_manifest
 from .manifest import EncodingRecord, LayerRecord, Manifest
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "LayerGroup",
     "describe_layers",
+    "expected_loss_steps",
     "open_checkpoint",
     "require_optimizer",
     "summarize_steps",
@@ -45,6 +47,8 @@ class LayerGroup:
     """Of the exact files that lie beside codes, ascending, each once."""
     errors: Mapping[str, float]
     """Component -> the largest relative L2 error of a layer; components that are exact in all are left out."""
+    drifts: tuple[float, ...]
+    """Of its layers, where they were measured: see ``LayerRecord.drift``."""
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -87,6 +91,7 @@ def summarize_steps(manifest: Manifest) -> tuple[LayerGroup, ...]:
                 sorted({each.step for each in layers if each.encoding and each.encoding.base == "exact"})
             ),
             errors=_worst_errors([each.encoding for each in layers if each.encoding is not None]),
+            drifts=tuple(each.drift for each in layers if each.drift is not None),
         )
         for (newness, rest), layers in sorted(grouped.items())
     )
@@ -121,10 +126,36 @@ def describe_layers(checkpoint: Checkpoint) -> str:
     lines = [f"resuming from {checkpoint.path} (step {manifest.step})"]
     for group in summarize_steps(manifest):
         staleness = manifest.step - group.step
-        age = "newest" if staleness == 0 else f"{staleness} steps old"
+        age = "newest" if staleness == 0 else f"{staleness} steps old{_describe_drift(group)}"
         codes = "" if group.rest is None else f", {_describe_codes(group, manifest)}"
         lines.append(f"  step {group.step:>7} ({age}{codes}): {', '.join(group.names)}")
+    loss = expected_loss_steps(manifest)
+    if loss:
+        how = "importance" if any(layer.share is not None for layer in manifest.layers) else "size"
+        lines.append(f"  about {loss:.3g} steps of progress are lost (mean age of the layers, weighted by {how})")
     return "\n".join(lines)
+
+
+def expected_loss_steps(manifest: Manifest) -> float:
+    """Steps of training that a resume loses by layers that are older than the checkpoint, about.
+
+    Weighted by what each layer achieves in a step if that was measured, else by its bytes.
+    """
+    ages = {layer.name: manifest.step - layer.state_step for layer in manifest.layers}
+    shares = {layer.name: layer.share for layer in manifest.layers if layer.share is not None}
+    if len(shares) < len(ages) or not sum(shares.values()):
+        sizes = {layer.name: sum(file.bytes for file in layer.plain_files) for layer in manifest.layers}
+        total = sum(sizes.values()) or 1
+        shares = {name: size / total for name, size in sizes.items()}
+    return mean_age(ages, shares)
+
+
+def _describe_drift(group: LayerGroup) -> str:
+    """``, drift 2.1 % to 5.6 %``: of the layers of a group, where it was measured."""
+    if not group.drifts:
+        return ""
+    least, most = _percent(min(group.drifts)), _percent(max(group.drifts))
+    return f", drift {most}" if least == most else f", drift {least} to {most}"
 
 
 def _describe_codes(group: LayerGroup, manifest: Manifest) -> str:

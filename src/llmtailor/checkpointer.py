@@ -10,43 +10,38 @@ call: it warns, the second failure in a row raises, and ``close`` raises if noth
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, Unpack
 
 import torch
-from safetensors import SafetensorError
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .ballots import Ballots
 from .checkpoint import Checkpoint
 from .codecs import SKIP, parse_rest
+from .drift import LayerDrift
+from .drift_log import log_measurement
 from .engine_options import DEFAULT_COMMIT_TIMEOUT_SECS, EngineOptions, check_options
-from .errors import (
-    FormatError,
-    InvalidInputError,
-    NotFoundError,
-    SaveFailedWarning,
-    StrategyIgnoredWarning,
-    TailorError,
-    WriteError,
-)
+from .errors import InvalidInputError, SaveFailedWarning, StrategyIgnoredWarning, WriteError
+from .interval import parse_interval
 from .lineage import Lineage
 from .live_state import LiveLayers, LiveReader
 from .local_parts import Seat
 from .manifest import INDEX_NAME
 from .meeting import Meeting, open_together
 from .model_state import ModelState, is_adapted
+from .monitor import Watch
 from .open_runs import OpenRun
+from .pace import Pace
 from .ranks import Ranks
-from .resume import Fill, find_resumable, load_resumable
-from .save_plan import Contents, SavePlan, encode_index, plan_save
+from .resume import Fill, ResumeLimits, find_resumable, load_resumable
+from .save_outcomes import SOFT_ERRORS, SaveOutcomes, translate_small_file_errors
+from .save_plan import Contents, SavePlan, encode_index, layer_statuses, plan_save
 from .storage import LocalFileSystem, StagedCheckpoint, StagingSeat
 from .strategies import Full, SaveContext, Strategy, parse_strategy
 from .tiers import Tiers
@@ -55,9 +50,6 @@ from .writer import CodedImage, Engine, SaveHandle, admit, code_layer
 __all__ = ["Checkpointer", "StateReader"]
 
 logger = logging.getLogger(__name__)
-
-_SOFT = (WriteError, FormatError, NotFoundError)
-"""What stops a save and not the training: faults of storage, and state that was changed while it was captured."""
 
 
 class StateReader(Protocol):
@@ -121,8 +113,8 @@ class Checkpointer:
         self._is_prepared = False
         self._directory = Path(directory)
         self._newest: SaveHandle | None = None
-        self._num_failures_raised = 0
-        """Of those in a row: each is raised once."""
+        self._parent: Checkpoint | None = None
+        """What training went on from."""
         self.num_skipped = 0
         """Saves that were left out because another was in flight."""
 
@@ -145,11 +137,17 @@ class Checkpointer:
             raise
         self._lineage = Lineage(self._tiers, session, seat, on_published=None if seat.rank else on_published)
         timeout_secs = options.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
+        is_watched = options.get("monitor", False) or self._strategy.needs_drift
+        self._watch = Watch(self.meeting, timeout_secs) if is_watched else None
+        interval = parse_interval(options.get("interval"))
+        self.pace = Pace(self._strategy, interval, self.meeting, has_growth=keep is None, timeout_secs=timeout_secs)
+        """When to save next, if that is decided here."""
         self._ballots: Ballots | None = None
         if ranks is not None:
             self._ballots = Ballots(ranks, self._directory, timeout_secs, newest=lambda: self._lineage.newest)
         hook = register_optimizer_step_pre_hook(_hold_back(weakref.ref(self._engine)))
         self._open_run = OpenRun(self._directory, hook, self._engine, self._tiers)
+        self._outcomes = SaveOutcomes(self._open_run)
         # Whoever forgets to close it still gets the saves in flight, and the run's lock goes with it.
         self._finalizer = weakref.finalize(self, self._open_run.forget)
         self._finalizer.atexit = False
@@ -179,25 +177,15 @@ class Checkpointer:
         """The model as this run saves it: its layers, schema and live tensors."""
         return self._reader.read_model(module)
 
-    def find(self, *, consistent: bool = False, max_rollback_steps: int | None = None) -> Checkpoint | None:
+    def find(self, **limits: Unpack[ResumeLimits]) -> Checkpoint | None:
         """The newest checkpoint that verifies, of either tier; see ``find_resumable``."""
         self.drain()
-        return find_resumable(
-            self._tiers.all, consistent=consistent, max_rollback_steps=max_rollback_steps, meeting=self.meeting
-        )
+        return find_resumable(self._tiers.all, meeting=self.meeting, **limits)
 
-    def load(
-        self,
-        plan: Callable[[Checkpoint], Fill],
-        *,
-        consistent: bool = False,
-        max_rollback_steps: int | None = None,
-    ) -> Checkpoint | None:
+    def load(self, plan: Callable[[Checkpoint], Fill], **limits: Unpack[ResumeLimits]) -> Checkpoint | None:
         """Load the newest checkpoint that verifies, of either tier, while it is verified; see ``load_resumable``."""
         self.drain()
-        return load_resumable(
-            self._tiers.all, plan, consistent=consistent, max_rollback_steps=max_rollback_steps, meeting=self.meeting
-        )
+        return load_resumable(self._tiers.all, plan, meeting=self.meeting, **limits)
 
     def begin(self, parent: Checkpoint | None) -> None:
         """Start a lineage: the next save follows ``parent``, or nothing.
@@ -207,6 +195,8 @@ class Checkpointer:
         self.drain()
         self._newest = None
         self._lineage.begin(parent)
+        self._parent = parent
+        self.pace.begin(0 if parent is None else parent.manifest.step)
 
     def prepare(
         self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, contents: Contents = "full"
@@ -220,10 +210,57 @@ class Checkpointer:
             return
         self._is_prepared = True
         live = self._reader.read(module, optimizers if contents == "full" else ())
+        self.pace.note_sizes(layer_statuses(live))
+        if self._watch is not None and not self._watch.has_begun:
+            self._watch.begin(live, self._parent)
         self._engine.prepare([*live.images.values()])
         if self._rest is not None and not isinstance(self._strategy_for(module), Full):
             coded = [code_layer(image, self._rest) for image in live.images.values()]
             self._engine.compile([each for each in coded if each is not None])
+
+    def watch(self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Measure how layers move from here on, if this run does; before the first step, after anything is loaded."""
+        if self._watch is not None:
+            self._watch.begin(self._reader.read(module, optimizers), self._parent)
+
+    def measure(
+        self, step: int, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+    ) -> Mapping[str, LayerDrift]:
+        """How each layer moved since it was saved, now. Waits for all ranks.
+
+        Args:
+            step: Optimizer steps done.
+            module: The bare model.
+            optimizers: Its optimizers.
+
+        Raises:
+            InvalidInputError: This run measures nothing.
+            WriteError: Kind ``rank-late``.
+        """
+        if self._watch is None:
+            raise InvalidInputError(
+                "this run does not measure how layers move", kind="no-monitor", hint="make it with monitor=True"
+            )
+        self._read(step, module, optimizers)
+        self._log_measurement(self._watch)
+        return self._watch.drifts
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest measurement, flat: ``drift/layers.0`` and its like; empty if there is none."""
+        return {} if self._watch is None else self._watch.metrics()
+
+    def _read(self, step: int, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> LiveLayers:
+        """The live state; measured, if this run does that."""
+        watch = self._watch
+        if watch is None:
+            return self._reader.read(module, optimizers)
+        parent = self._lineage.parent_to_plan_with()
+        return watch.measure(lambda: self._reader.read(module, optimizers), step, parent)
+
+    def _log_measurement(self, watch: Watch) -> None:
+        if self._seat.rank == 0 and (error := log_measurement(self._directory, watch.record())) is not None:
+            self._tiers.notices.append(SaveFailedWarning(f"a measurement was not logged: {error}"))
 
     def save(
         self,
@@ -275,23 +312,17 @@ class Checkpointer:
             handle.fail(err)
             if self._ballots is not None:
                 self._ballots.fail(step, attempt, err)
-            if not isinstance(err, _SOFT):
+            if not isinstance(err, SOFT_ERRORS):
                 raise
         self._newest = handle
-        self._open_run.uncollected = [*self._open_run.uncollected, handle]
-        if self._is_blocking:
+        self._outcomes.note_begun(handle)
+        if self._is_blocking or self._outcomes.is_torn:
             handle.wait_until_captured()
         self._engine.note_return(handle)
         self.collect()
-        self._raise_repeated_failure()
+        self.pace.note_save(step, self._outcomes.last_good, self._tiers.run.free_nbytes, called)
+        self._outcomes.raise_repeated()
         return handle
-
-    def _raise_repeated_failure(self) -> None:
-        """The first of failures in a row is warned of, each further one raised once."""
-        failures = self._open_run.failures
-        if 1 < len(failures) != self._num_failures_raised:
-            self._num_failures_raised = len(failures)
-            raise failures[-1] from failures[-2]
 
     def _check_step(self, step: int) -> None:
         newest = self._lineage.newest_step
@@ -331,26 +362,34 @@ class Checkpointer:
         called: float,
         attempt: int,
     ) -> None:
+        live = self._read(handle.step, module, optimizers if contents == "full" else ())
+        parent = self._lineage.parent_to_plan_with()
         plan = plan_save(
-            self._reader.read(module, optimizers if contents == "full" else ()),
+            live,
             step=handle.step,
             contents=contents,
             strategy=self._strategy_for(module),
             rest=self._rest,
-            parent=self._lineage.parent_to_plan_with(),
+            parent=parent,
             is_linkable=self._lineage.is_linkable,
             seat=self._seat,
+            drifts={} if self._watch is None else self._watch.drifts,
+            shares={} if self._watch is None else self._watch.shares,
         )
+        self.pace.note_sizes(layer_statuses(live))
         ballot = None if self._ballots is None else self._ballots.open(handle.step, attempt, plan.choice)
         if coded := [image for image in plan.images if isinstance(image, CodedImage)]:
             self._engine.compile(coded)
         staged = self._stage(plan, attempt)
         try:
-            with _translate_small_file_errors(staged.path):
+            with translate_small_file_errors(staged.path):
                 write_small_files(staged.path)
                 # An adapter has names that only PEFT understands; it brings files of its own for stock tools.
                 if self._seat.rank == 0 and plan.has_whole_weights and not is_adapted(module):
                     (staged.path / INDEX_NAME).write_text(encode_index(plan), encoding="utf-8")
+                if self._watch is not None:
+                    self._watch.note_save(plan, staged.path, parent)
+                    self._log_measurement(self._watch)
         except BaseException:
             self._tiers.run.abandon(staged)
             raise
@@ -388,28 +427,7 @@ class Checkpointer:
         """
         while self._tiers.notices:
             warnings.warn(self._tiers.notices.popleft(), stacklevel=3)
-        ended = [handle for handle in self._open_run.uncollected if handle.has_ended]
-        self._open_run.uncollected = [handle for handle in self._open_run.uncollected if handle not in ended]
-        for handle in ended:
-            self._note_outcome(handle)
-
-    def _note_outcome(self, handle: SaveHandle) -> None:
-        error = handle.failure
-        if error is None:
-            self._open_run.failures.clear()
-            self._num_failures_raised = 0
-            return
-        if not isinstance(error, _SOFT):
-            raise error
-        self._open_run.failures.append(error)
-        logger.error("checkpoint-%d was not saved: %s", handle.step, error)
-        if error.kind == "changed-during-capture":
-            self._is_blocking = True
-        warnings.warn(
-            f"checkpoint-{handle.step} was not saved; training goes on and older checkpoints are intact\n{error}",
-            SaveFailedWarning,
-            stacklevel=4,
-        )
+        self._outcomes.collect()
 
     def wait_until_captured(self) -> None:
         """Wait until no save refers to the live state any more. ``optimizer.step()`` of torch optimizers does this by
@@ -430,7 +448,7 @@ class Checkpointer:
 
     def unfinished(self) -> list[SaveHandle]:
         """Saves whose ``result`` would wait; any thread."""
-        return [handle for handle in self._open_run.uncollected if not handle.has_ended]
+        return self._outcomes.unfinished()
 
     def close(self) -> None:
         """Finish the saves in flight and let go of the run.
@@ -446,7 +464,7 @@ class Checkpointer:
         try:
             self.collect()
         finally:
-            failures, self._open_run.failures = self._open_run.failures, []
+            failures = self._outcomes.take_failures()
         if failures:
             raise failures[-1]
 
@@ -470,21 +488,3 @@ def _hold_back(engine: weakref.ref[Engine]) -> Callable[..., None]:
             live.wait_until_captured()
 
     return wait
-
-
-@contextlib.contextmanager
-def _translate_small_file_errors(directory: Path) -> Iterator[None]:
-    """Errors of the trainer's own writing: torch.save says RuntimeError of a full disk, safetensors SafetensorError."""
-    try:
-        yield
-    except TailorError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as err:
-        free = LocalFileSystem().free_space(directory).nbytes
-        is_full = getattr(err, "errno", None) == errno.ENOSPC or (free is not None and free < 2**20)
-        raise WriteError(
-            f"cannot write the trainer's small files: {next(iter(str(err).splitlines()), type(err).__name__)}",
-            kind="no-space" if is_full else "io",
-            path=directory,
-            hint="free space; older checkpoints were not touched" if is_full else "see the error this came from",
-        ) from err

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, cast
 
 from .codecs import Rest
 from .errors import InvalidInputError, UnsupportedError
+from .interval import Interval, parse_interval
 from .writer import Durability, WhenBusy
 
 __all__ = ["DEFAULT_COMMIT_TIMEOUT_SECS", "EngineOptions", "check_options", "engine_options"]
@@ -44,6 +45,12 @@ class EngineOptions(TypedDict, total=False):
     durable: Durability
     """What ``SaveHandle.result`` waits for: "local" (default), or "mirror", too. A copy that fails then counts as a
     failed save."""
+    monitor: bool
+    """Measure at every save how each layer moves, also where the strategy does not ask for it; False by default. On
+    several ranks a save that measures waits for all of them."""
+    interval: str | Interval | None
+    """"auto", or an ``Interval``: how often to save is chosen from what saves cost. None (default): the strategy says
+    it (``budget_per_step``), or the caller."""
 
 
 def engine_options(options: Mapping[str, Any]) -> EngineOptions:
@@ -75,6 +82,7 @@ def check_options(options: EngineOptions, *, has_peers: bool = False) -> None:
         raise _refuse("max_in_flight", "a number >= 1", in_flight)
     if given.get("mirror") is None and (given.get("durable") == "mirror" or given.get("mirror_keep") is not None):
         raise _refuse("mirror", "a directory, for durable='mirror' and mirror_keep are about it", None)
+    parse_interval(options.get("interval"))
     if has_peers:
         _refuse_moments(options)
 

@@ -34,6 +34,7 @@ __all__ = [
     "NotFoundError",
     "QuarantineWarning",
     "SaveFailedWarning",
+    "StaleWarning",
     "StrategyIgnoredWarning",
     "SupersededWarning",
     "TailorError",
@@ -188,6 +189,10 @@ class QuarantineWarning(TailorWarning):
 
 class SaveFailedWarning(TailorWarning):
     """A save failed; training goes on and older checkpoints are intact."""
+
+
+class StaleWarning(TailorWarning):
+    """Training goes on from a checkpoint that has very old layers."""
 
 
 class StrategyIgnoredWarning(TailorWarning):

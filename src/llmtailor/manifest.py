@@ -179,6 +179,7 @@ class LayerRecord(_Record):
     update_count: Count | None
     reason: Name
     drift: float | None
+    """Relative L2 distance, at this checkpoint's save, of the weights from those of the layer's save before."""
     weights: FileRecord | None
     """None where the weights are in parts."""
     optimizer: FileRecord | None
@@ -187,6 +188,8 @@ class LayerRecord(_Record):
     """Codes that hold a newer, or the whole, state; None if the files hold it."""
     parts: tuple[PartRecord, ...] = ()
     """Files of tensors that are spread over ranks, by rank; empty if no tensor of the layer is."""
+    share: Share | None = None
+    """Of what a step of training achieves, at this checkpoint's save; all layers' make 1. None if not measured."""
 
     @property
     def whole_weights(self) -> FileRecord:
@@ -326,6 +329,11 @@ class Manifest(_Record):
         return all(layer.state_step == self.step for layer in self.layers)
 
     @property
+    def staleness(self) -> int:
+        """Steps that the oldest state of a layer is behind the checkpoint."""
+        return max((self.step - layer.state_step for layer in self.layers), default=0)
+
+    @property
     def nbytes(self) -> int:
         """Size of all files; linked ones count in full."""
         return sum(file.bytes for file in self.all_files)
@@ -349,6 +357,8 @@ def encode_manifest(manifest: Manifest) -> tuple[bytes, str]:
             del layer["encoding"]
         if not layer["parts"]:
             del layer["parts"]
+        if layer["share"] is None:
+            del layer["share"]
     if fields["world"]["layout"] is None:
         del fields["world"]["layout"]
     body = "{\n" + ",\n".join(f"{json.dumps(key)}: {_encode_field(value)}" for key, value in fields.items())

@@ -6,6 +6,7 @@ process each is what that process says.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -56,12 +57,13 @@ class Meeting:
     def __init__(self, ranks: Ranks | None) -> None:
         self.ranks = ranks
         self._numbers = itertools.count()
+        self._sums = itertools.count()
 
     @property
     def is_coordinator(self) -> bool:
         return self.ranks is None or self.ranks.is_coordinator
 
-    def tell(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def tell(self, message: Mapping[str, Any], timeout_secs: float = _TIMEOUT_SECS) -> Mapping[str, Any]:
         """What the coordinator says; of the others, what they pass does not matter.
 
         Raises:
@@ -73,7 +75,7 @@ class Meeting:
         if self.ranks.is_coordinator:
             self.ranks.post(key, json.dumps(message).encode())
             return message
-        found: Mapping[str, Any] = json.loads(self.ranks.take(key, timeout_secs=_TIMEOUT_SECS))
+        found: Mapping[str, Any] = json.loads(self.ranks.take(key, timeout_secs=timeout_secs))
         return found
 
     def agree(self, outcome: Outcome) -> str | None:
@@ -97,6 +99,60 @@ class Meeting:
             raise _decode(failed[0], len(failed))
         return "; ".join(each["damage"] for each in told if each["damage"]) or None
 
+    def add_up(self, own: bytes | None, error: BaseException | None, timeout_secs: float) -> bytes:
+        """Sum of what each rank has to say in numbers, at a save; or why one of them cannot say it.
+
+        Args:
+            own: float32 values in memory order, as many on every rank; a few kilobytes.
+            error: Why this rank has none.
+            timeout_secs: How long to wait for the others.
+
+        Returns:
+            The sums, the same bits on every rank.
+
+        Raises:
+            BaseException: This rank's own error, or one of the same class for that of another.
+            WriteError: Kind ``rank-late``.
+        """
+        if self.ranks is None:
+            if error is not None:
+                raise error
+            assert own is not None
+            return own
+        outcome = _encode(self.ranks.rank, Outcome(error=error))
+        message = b"+" + own if own is not None else b"-" + json.dumps(outcome).encode()
+        number = next(self._sums)
+        total = self._sum(f"sum/{number}", f"sum/{number - 1}", message, timeout_secs)
+        if error is not None:
+            raise error
+        if total[:1] == b"-":
+            raise _decode(json.loads(total[1:]), 1)
+        return total[1:]
+
+    def _sum(self, key: str, before: str, message: bytes, timeout_secs: float) -> bytes:
+        import numpy as np
+
+        assert self.ranks is not None
+        ranks = self.ranks
+        if not ranks.is_coordinator:
+            ranks.post(f"{key}/{ranks.rank}", message, counter=f"{key}/count")
+            return ranks.take(key, timeout_secs=2 * timeout_secs)
+        others = [f"{key}/{rank}" for rank in range(1, ranks.size)]
+        with contextlib.suppress(LateError):
+            ranks.wait_for_count([f"{key}/count"], lambda counts: counts[0] >= len(others), timeout_secs)
+        found = ranks.take_those_there(others)
+        absent = [rank for rank in range(1, ranks.size) if f"{key}/{rank}" not in found]
+        messages = [message, *(found[each] for each in others if each in found)]
+        messages += [b"-" + json.dumps(_late(rank, timeout_secs)).encode() for rank in absent[:1]]
+        total = next((each for each in messages if each[:1] == b"-"), None)
+        if total is None:
+            tables = [np.frombuffer(each[1:], dtype=np.float32).astype(np.float64) for each in messages]
+            total = b"+" + np.sum(tables, axis=0).astype(np.float32).tobytes()
+        ranks.post(key, total)
+        # All have come here, so none is still reading the sums before.
+        ranks.drop([before, f"{before}/count", *(each.replace(key, before, 1) for each in others)])
+        return total
+
     def _share(self, own: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The outcomes that are not good, on every rank; at most a few."""
         assert self.ranks is not None
@@ -113,7 +169,7 @@ class Meeting:
         others = self.ranks.take_those_there(f"{key}/{rank}" for rank in range(1, self.ranks.size))
         outcomes = [own, *(json.loads(data) for data in others.values())]
         absent = sorted({*range(self.ranks.size)} - {each["rank"] for each in outcomes})
-        outcomes += [_late(rank) for rank in absent[:1]]
+        outcomes += [_late(rank, _TIMEOUT_SECS) for rank in absent[:1]]
         told = [each for each in outcomes if each["class"] is not None or each["damage"]][:4]
         self.ranks.post(key, json.dumps(told).encode())
         return told
@@ -137,8 +193,8 @@ def _encode(rank: int, outcome: Outcome) -> Mapping[str, Any]:
     }
 
 
-def _late(rank: int) -> Mapping[str, Any]:
-    told = {"what": f"no word within {_TIMEOUT_SECS:.0f} s", "kind": "rank-late", "hint": "is it alive?"}
+def _late(rank: int, timeout_secs: float) -> Mapping[str, Any]:
+    told = {"what": f"no word within {timeout_secs:.0f} s", "kind": "rank-late", "hint": "is it alive?"}
     return {"rank": rank, "host": "host unknown", "class": "WriteError", "error": told, "damage": None}
 
 

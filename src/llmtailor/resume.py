@@ -13,9 +13,9 @@ with one that does is the user's to know.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypedDict, Unpack, cast
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import (
@@ -24,6 +24,7 @@ from .errors import (
     IntegrityError,
     NotFoundError,
     QuarantineWarning,
+    StaleWarning,
     SupersededWarning,
     TailorError,
 )
@@ -42,18 +43,45 @@ from .storage import (
 )
 from .verify import FileState, VerifyReport, verify_checkpoint
 
-__all__ = ["Fill", "find_resumable", "load_named", "load_resumable", "open_resumable"]
+__all__ = [
+    "Fill",
+    "ResumeLimits",
+    "check_staleness",
+    "find_resumable",
+    "load_named",
+    "load_resumable",
+    "open_resumable",
+    "resume_limits",
+]
+
+_MAX_USUAL_STALENESS = 1000
+"""What adaptive strategies never let a layer exceed, unless they are told to."""
 
 Fill: TypeAlias = Callable[[Callable[[FileRecord], None]], None]
 """Puts a checkpoint into live objects; is given what to call before each file. What it raises leaves them spoiled."""
 
 
+class ResumeLimits(TypedDict, total=False):
+    """What a checkpoint of a run must be, to be resumed from; the same for every integration."""
+
+    consistent: bool
+    """Take only a checkpoint whose layers are all of one step, exactly; False by default."""
+    max_rollback_steps: int | None
+    """Refuse to fall further back than this behind the newest checkpoint ever published; None by default."""
+    max_staleness: int | None
+    """Take only a checkpoint none of whose layers is more steps old than this; None by default."""
+
+
+def resume_limits(options: Mapping[str, Any]) -> ResumeLimits:
+    """Those of an integration's options that are about resuming."""
+    return cast(ResumeLimits, {key: options[key] for key in ResumeLimits.__annotations__ if key in options})
+
+
 def find_resumable(
     runs: RunDirectory | Sequence[RunDirectory],
     *,
-    consistent: bool = False,
-    max_rollback_steps: int | None = None,
     meeting: Meeting = Meeting(None),  # noqa: B008
+    **limits: Unpack[ResumeLimits],
 ) -> Checkpoint | None:
     """The newest checkpoint of a run that verifies, every byte of it.
 
@@ -63,22 +91,21 @@ def find_resumable(
     Args:
         runs: The run, held for writing; or several directories that hold the same run, the preferred one first.
             Of those after the first only checkpoints of the first one's run are taken.
-        consistent: Take only a checkpoint whose layers are all of one step, exactly.
-        max_rollback_steps: Refuse to fall further back than this behind the newest checkpoint ever published.
         meeting: The ranks that are to agree; the coordinator reads for all.
+        **limits: See ``ResumeLimits``.
 
     Returns:
         None if there is no checkpoint of ours at all.
 
     Raises:
         IntegrityError: There were checkpoints and none verifies.
-        IncompleteError: None fits ``consistent``, or all that verify are too far back.
+        IncompleteError: None is within the limits, or all that verify are too far back.
         FormatError: A newer program wrote the newest (kind ``format-version``); it was left alone.
         OSError: The device failed (``EIO``) or this process may not read; nothing was renamed for that.
     """
     if not meeting.is_coordinator:
         return follow_search(meeting, lambda found: None)
-    search = _Search(runs, consistent=consistent, max_rollback_steps=max_rollback_steps)
+    search = _Search(runs, limits)
 
     def examine(found: Checkpoint) -> str | None:
         reason = search.find_damage(found)
@@ -93,9 +120,8 @@ def load_resumable(
     runs: RunDirectory | Sequence[RunDirectory],
     plan: Callable[[Checkpoint], Fill],
     *,
-    consistent: bool = False,
-    max_rollback_steps: int | None = None,
     meeting: Meeting = Meeting(None),  # noqa: B008
+    **limits: Unpack[ResumeLimits],
 ) -> Checkpoint | None:
     """Load the newest checkpoint of a run that verifies; one that does not is set aside, and the next loaded over it.
 
@@ -104,9 +130,8 @@ def load_resumable(
     Args:
         runs: As for ``find_resumable``.
         plan: Checks a candidate and changes nothing; what it returns then loads it. Its small files were verified.
-        consistent: As for ``find_resumable``.
-        max_rollback_steps: As for ``find_resumable``.
         meeting: The ranks that are to agree; each loads what it needs.
+        **limits: See ``ResumeLimits``.
 
     Returns:
         The one that was loaded; None if there is no checkpoint of ours at all.
@@ -118,7 +143,7 @@ def load_resumable(
     """
     search = None
     if meeting.is_coordinator:
-        search = _Search(runs, consistent=consistent, max_rollback_steps=max_rollback_steps)
+        search = _Search(runs, limits)
     is_spoiled = False
 
     def examine(found: Checkpoint) -> str | None:
@@ -148,6 +173,8 @@ def load_named(
     path: Path,
     plan: Callable[[Checkpoint], Fill],
     meeting: Meeting = Meeting(None),  # noqa: B008
+    *,
+    max_staleness: int | None = None,
 ) -> Checkpoint:
     """Load the checkpoint the user named; if it does not verify it is refused, not replaced by another.
 
@@ -155,19 +182,40 @@ def load_named(
         path: Its directory.
         plan: As for ``load_resumable``.
         meeting: The ranks that load it; if one cannot, none has.
+        max_staleness: Refuse it if one of its layers is more steps old than this.
 
     Raises:
         NotFoundError: It is not a checkpoint of ours.
+        IncompleteError: It is too stale.
         IntegrityError: It does not verify; the hint says so if live values were overwritten before that was found.
         TailorError: What ``plan`` raises of a checkpoint that verifies.
     """
     try:
+        check_staleness(open_checkpoint(path), max_staleness)
         found = _load_named(path, plan)
     except BaseException as err:
         meeting.agree(Outcome(error=err))
         raise
     meeting.agree(Outcome())
     return found
+
+
+def check_staleness(checkpoint: Checkpoint, max_staleness: int | None) -> None:
+    """Refuse a checkpoint whose layers are too old.
+
+    Raises:
+        IncompleteError: Kind ``too-stale``.
+    """
+    staleness = checkpoint.manifest.staleness
+    if max_staleness is not None and staleness > max_staleness:
+        raise IncompleteError(
+            "layers of the checkpoint are too old",
+            kind="too-stale",
+            path=checkpoint.path,
+            expected=f"at most {max_staleness} steps",
+            found=f"{staleness} steps",
+            hint="take one that is less stale, or raise max_staleness",
+        )
 
 
 def _load_named(path: Path, plan: Callable[[Checkpoint], Fill]) -> Checkpoint:
@@ -239,12 +287,9 @@ def _find_damage(found: Checkpoint, digests: dict[FileState, str] | None = None)
 class _Search:
     """Candidates of one or several directories, newest first, and what was wrong with those passed over."""
 
-    def __init__(
-        self, runs: RunDirectory | Sequence[RunDirectory], *, consistent: bool, max_rollback_steps: int | None
-    ) -> None:
+    def __init__(self, runs: RunDirectory | Sequence[RunDirectory], limits: ResumeLimits) -> None:
         self._runs = [runs] if isinstance(runs, RunDirectory) else list(runs)
-        self._consistent = consistent
-        self._limit = max_rollback_steps
+        self._limits = limits
         self._run_id = _find_run_id(self._runs) if len(self._runs) > 1 else None
         self._newest = max(self._steps_seen(), default=None)
         self._bad: list[str] = []
@@ -262,15 +307,16 @@ class _Search:
                     raise
                 self._set_aside(run, entry.path, f"{MANIFEST_NAME}: {err.what}")
                 continue
-            if missing := _find_missing(found.manifest, consistent=self._consistent):
-                self._unfit.append(f"{self._name(run, entry.path)}: without {missing}")
+            if missing := _find_missing(found.manifest, self._limits):
+                self._unfit.append(f"{self._name(run, entry.path)}: {missing}")
                 continue
             reason = examine(found)
             if reason is None:
+                _warn_if_stale(found, self._limits.get("max_staleness"))
                 return found
             self._set_aside(run, entry.path, reason)
         if self._bad or self._unfit:
-            raise _none_left(self._runs[0].path, self._bad, self._unfit, consistent=self._consistent)
+            raise _none_left(self._runs[0].path, self._bad, self._unfit, self._limits)
         for run in self._runs:
             _name_superseded(run.path)
         return None
@@ -323,15 +369,26 @@ class _Search:
             IncompleteError: It is.
         """
         lost = 0 if self._newest is None else self._newest - found.manifest.step
-        if self._limit is not None and lost > self._limit:
+        limit = self._limits.get("max_rollback_steps")
+        if limit is not None and lost > limit:
             raise IncompleteError(
                 "the newest checkpoint that can be used is too far back",
                 kind="rollback-limit",
                 path=found.path,
-                expected=f"at most {self._limit} steps behind step {self._newest}",
+                expected=f"at most {limit} steps behind step {self._newest}",
                 found=f"{lost} steps behind",
                 hint="look at the *.bad directories, or raise max_rollback_steps to accept the loss",
             )
+
+
+def _warn_if_stale(found: Checkpoint, max_staleness: int | None) -> None:
+    staleness = found.manifest.staleness
+    if max_staleness is None and staleness > _MAX_USUAL_STALENESS:
+        warnings.warn(
+            f"{found.path.name} has a layer that is {staleness} steps old; max_staleness= says how old is too old",
+            StaleWarning,
+            stacklevel=4,
+        )
 
 
 def _find_run_id(runs: Sequence[RunDirectory]) -> str | None:
@@ -360,22 +417,29 @@ def _name_superseded(run: Path) -> None:
         )
 
 
-def _find_missing(manifest: Manifest, *, consistent: bool) -> str | None:
+def _find_missing(manifest: Manifest, limits: ResumeLimits) -> str | None:
+    max_staleness = limits.get("max_staleness")
     if manifest.contents != "full":
-        return "optimizer state"
-    return "exact layers of one step" if consistent and not manifest.is_consistent else None
+        return "without optimizer state"
+    if limits.get("consistent") and not manifest.is_consistent:
+        return "without exact layers of one step"
+    if max_staleness is not None and manifest.staleness > max_staleness:
+        return f"its oldest layer is {manifest.staleness} steps old"
+    return None
 
 
-def _none_left(run: Path, bad: Sequence[str], unfit: Sequence[str], *, consistent: bool) -> TailorError:
+def _none_left(run: Path, bad: Sequence[str], unfit: Sequence[str], limits: ResumeLimits) -> TailorError:
     found = "\n            ".join([*bad, *unfit][:10])
+    kind, expected = _describe_wish(limits)
     if not bad:
         return IncompleteError(
             "no checkpoint of the run can be resumed from as asked",
-            kind="no-consistent" if consistent else "weights-only",
+            kind=kind,
             path=run,
-            expected="one with exact layers of one step" if consistent else "one with optimizer state",
+            expected=expected,
             found=found,
-            hint="resume without consistent=True; from_pretrained loads checkpoints that hold weights alone",
+            hint="resume without consistent=True, or with a higher max_staleness; from_pretrained loads checkpoints "
+            "that hold weights alone",
         )
     return IntegrityError(
         "no checkpoint of the run verifies",
@@ -385,3 +449,12 @@ def _none_left(run: Path, bad: Sequence[str], unfit: Sequence[str], *, consisten
         found=found,
         hint="the directories were kept as *.bad; start anew in another directory, or restore them from a copy",
     )
+
+
+def _describe_wish(limits: ResumeLimits) -> tuple[str, str]:
+    """Kind of the error where no checkpoint will do, and what was looked for."""
+    if limits.get("consistent"):
+        return "no-consistent", "one with exact layers of one step"
+    if limits.get("max_staleness") is None:
+        return "weights-only", "one with optimizer state"
+    return "too-stale", f"one with optimizer state whose layers are at most {limits['max_staleness']} steps old"

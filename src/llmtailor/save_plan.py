@@ -7,11 +7,14 @@ files to write, records of the files to link, and the reasons come out. ``estima
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from .codecs import Deviation, Rest
+from .drift import LayerDrift
 from .errors import UnsupportedError, WriteError
 from .layers import Layer, file_stem, part_suffix
 from .live_state import LiveLayers
@@ -30,9 +33,10 @@ from .strategies import CODED, NO_BASE, NO_GAIN, Choice, LayerStatus, SaveContex
 from .votes import digest_choice
 from .writer import CodedImage, LayerImage, WrittenCodes, WrittenLayer, code_layer
 
-__all__ = ["Contents", "SavePlan", "encode_index", "plan_save"]
+__all__ = ["Contents", "SavePlan", "encode_index", "layer_statuses", "plan_save"]
 
 Contents = Literal["full", "weights"]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,10 @@ class SavePlan:
     """Digest of what is to be written, which must be the same on every rank."""
     has_whole_weights: bool
     """Every layer's weights are in one file, which stock tools read."""
+    drifts: Mapping[str, LayerDrift]
+    """By layer; empty if nothing was measured."""
+    shares: Mapping[str, float]
+    """Of the same layers, of what a step achieves."""
 
     @property
     def nbytes(self) -> int:
@@ -120,11 +128,12 @@ class SavePlan:
 
     def _record(self, layer: Layer, choice: Choice, written: WrittenLayer | None) -> LayerRecord:
         if layer.name in self.kept:
-            return self._previous_of(layer.name).model_copy(update={"reason": choice.reason})
+            update = {"reason": choice.reason, **self._measured(layer.name)}
+            return self._previous_of(layer.name).model_copy(update=update)
         codes = None if written is None else written.codes
         encoding = None if written is None or codes is None else self._record_codes(codes, written.update_count)
         if written is not None and encoding is not None and written.weights is None:
-            update = {"reason": CODED, "encoding": encoding}
+            update = {"reason": CODED, "encoding": encoding, **self._measured(layer.name)}
             return self._base_of(layer.name, written).model_copy(update=update)
         weights, optimizer, part = self._place(written)
         return LayerRecord(
@@ -136,12 +145,17 @@ class SavePlan:
             save_index=self.save_index,
             update_count=written.update_count if written is not None and codes is None else None,
             reason=CODED if codes is not None else (written and written.reason) or choice.reason,
-            drift=None,
             weights=weights,
             optimizer=optimizer,
             encoding=encoding,
             parts=() if part is None else (part,),
+            **self._measured(layer.name),
         )
+
+    def _measured(self, layer: str) -> dict[str, Any]:
+        """What is recorded of how a layer moves; JSON has no infinite numbers."""
+        drift = self.drifts[layer].relative if layer in self.drifts else None
+        return {"drift": _round(drift), "share": _round(self.shares.get(layer))}
 
     def _place(self, written: WrittenLayer | None) -> tuple[FileRecord | None, FileRecord | None, PartRecord | None]:
         """What this rank wrote of a layer: whole files, and its part of those that are spread over ranks."""
@@ -186,6 +200,10 @@ class SavePlan:
         return record
 
 
+def _round(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
 def _record_error(deviation: Deviation) -> ErrorRecord:
     return ErrorRecord(l2=float(f"{deviation.l2:.4g}"), max=float(f"{deviation.largest:.4g}"))
 
@@ -200,6 +218,8 @@ def plan_save(
     parent: Manifest | None,
     is_linkable: Callable[[str, Sequence[FileRecord]], bool],
     seat: Seat = Seat(),  # noqa: B008
+    drifts: Mapping[str, LayerDrift] = _NOTHING,
+    shares: Mapping[str, float] = _NOTHING,
 ) -> SavePlan:
     """Decide one save.
 
@@ -213,17 +233,24 @@ def plan_save(
         is_linkable: Whether files of a layer of the parent are still there, unharmed as far as can be seen at once. On
             several ranks it must say the same on each.
         seat: Which rank this is.
+        drifts: How each layer moved since it was last saved, if that was measured; the same on every rank.
+        shares: Of each layer, of what a step of training achieves.
 
     Raises:
-        InvalidInputError: The strategy names no layer.
+        InvalidInputError: The strategy names no layer, or needs to know what is not measured.
         UnsupportedError: Layers that are spread over ranks are to be coded.
     """
     if rest is not None and live.layout is not None:
         raise _refuse_codes(rest)
     previous = {} if parent is None else _find_linkable(parent, live, contents, is_linkable, seat)
     save_index = 0 if parent is None else parent.save_index + 1
-    statuses = tuple(_status(layer, live, previous.get(layer.name)) for layer in live.layers)
-    chosen = choose_layers(strategy, SaveContext(step=step, save_index=save_index, layers=statuses))
+    context = SaveContext(
+        step=step,
+        save_index=save_index,
+        previous_step=None if parent is None else parent.step,
+        layers=layer_statuses(live, previous, drifts),
+    )
+    chosen = choose_layers(strategy, context)
     planned = [_plan_layer(choice, live, rest, previous) for choice in chosen]
     kept = frozenset(choice.layer for choice in chosen if not choice.is_saved) if rest is None else frozenset[str]()
     told: dict[str, object] = {"step": step, "save_index": save_index, "contents": contents, "strategy": strategy.text}
@@ -244,6 +271,8 @@ def plan_save(
         layout=live.layout,
         choice=digest_choice(told),
         has_whole_weights=not any(_has_part_of_weights(image, seat) for image in live.images.values()),
+        drifts=drifts,
+        shares=shares,
     )
 
 
@@ -257,15 +286,27 @@ def _refuse_codes(rest: Rest) -> UnsupportedError:
     )
 
 
-def _status(layer: Layer, live: LiveLayers, previous: LayerRecord | None) -> LayerStatus:
-    """What a strategy is told of a layer; the same on every rank."""
-    return LayerStatus(
-        name=layer.name,
-        kind=layer.kind,
-        stack=layer.stack,
-        index=layer.index,
-        nbytes=live.nbytes[layer.name],
-        saved_step=None if previous is None else previous.step,
+def layer_statuses(
+    live: LiveLayers, previous: Mapping[str, LayerRecord] = _NOTHING, drifts: Mapping[str, LayerDrift] = _NOTHING
+) -> tuple[LayerStatus, ...]:
+    """What a strategy is told of the layers; the same on every rank.
+
+    Args:
+        live: What there is to save.
+        previous: Layer -> its record in the checkpoint before, where that can be linked.
+        drifts: How each layer moved since.
+    """
+    return tuple(
+        LayerStatus(
+            name=layer.name,
+            kind=layer.kind,
+            stack=layer.stack,
+            index=layer.index,
+            nbytes=live.nbytes[layer.name],
+            saved_step=previous[layer.name].step if layer.name in previous else None,
+            drift=drifts.get(layer.name),
+        )
+        for layer in live.layers
     )
 
 

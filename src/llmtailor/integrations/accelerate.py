@@ -27,6 +27,7 @@ from accelerate.utils import DistributedType
 
 from ..errors import InvalidInputError, NotFoundError, UnsupportedError
 from ..model_state import is_adapted
+from ..resume import ResumeLimits
 from ..storage import checkpoint_name
 from ..strategies import SaveContext, Strategy
 from ..writer import SaveHandle
@@ -186,14 +187,11 @@ class TailorCheckpointer:
         self,
         input_dir: str | Path | None = None,
         *,
-        consistent: bool = False,
-        max_rollback_steps: int | None = None,
         random_state: bool = True,
+        **limits: Unpack[ResumeLimits],
     ) -> int:
         """As ``resume``, where there has to be something to resume from."""
-        step = self.resume(
-            input_dir, consistent=consistent, max_rollback_steps=max_rollback_steps, random_state=random_state
-        )
+        step = self.resume(input_dir, random_state=random_state, **limits)
         if step == 0 and input_dir is None and not (self.directory / checkpoint_name(0)).is_dir():
             raise NotFoundError(
                 "nothing to load: the run has no checkpoint of LLMTailor",
@@ -207,18 +205,16 @@ class TailorCheckpointer:
         self,
         checkpoint: str | Path | None = None,
         *,
-        consistent: bool = False,
-        max_rollback_steps: int | None = None,
         random_state: bool = True,
+        **limits: Unpack[ResumeLimits],
     ) -> int:
         """Load the newest checkpoint that verifies, or the one given. Called by every process.
 
         Args:
             checkpoint: A checkpoint's directory; None takes the newest of this run.
-            consistent: Take only a checkpoint whose layers are all of one step, exactly.
-            max_rollback_steps: Refuse to fall back further than this.
             random_state: Restore random numbers; False accepts that the run differs from here on, and is needed where
                 the number of processes changed.
+            **limits: ``consistent``, ``max_rollback_steps``, ``max_staleness``: see ``ResumeLimits``.
 
         Returns:
             The number of steps done; 0 if there is nothing to resume.
@@ -228,9 +224,7 @@ class TailorCheckpointer:
             InvalidInputError: Something was prepared or registered after this object was made.
         """
         self._check_inventory()
-        self.num_steps = self._run.resume(
-            checkpoint, consistent=consistent, max_rollback_steps=max_rollback_steps, random_state=random_state
-        )
+        self.num_steps = self._run.resume(checkpoint, random_state=random_state, **limits)
         return self.num_steps
 
     def _check_inventory(self) -> None:

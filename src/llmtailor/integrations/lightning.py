@@ -83,6 +83,7 @@ class TailorCallback(Callback):
         keep_consistent: Never remove the newest checkpoint whose layers are all of one step, exactly.
         consistent: Where ``ckpt_path`` is the run's directory, take only a checkpoint of which this is true.
         max_rollback_steps: Where ``ckpt_path`` is the run's directory, refuse to fall back further than this.
+        max_staleness: Take only a checkpoint none of whose layers is more steps old than this.
         random_state: Restore random numbers and the position in the data; False accepts that the run differs from
             there on, and is needed where the number of processes changed.
         split_experts: Every expert of a block is a layer of its own.
@@ -101,6 +102,7 @@ class TailorCallback(Callback):
         keep_consistent: bool = True,
         consistent: bool = False,
         max_rollback_steps: int | None = None,
+        max_staleness: int | None = None,
         random_state: bool = True,
         split_experts: bool = False,
         layer_overrides: Mapping[str, Sequence[str]] | None = None,
@@ -114,6 +116,7 @@ class TailorCallback(Callback):
             is_one_at_a_time=options.get("max_in_flight", 1) == 1 and options.get("when_busy", "wait") == "wait",
             consistent=consistent,
             max_rollback_steps=max_rollback_steps,
+            max_staleness=max_staleness,
             random_state=random_state,
         )
         self._session: LightningSession | None = None

@@ -58,6 +58,7 @@ class SessionOptions:
     consistent: bool = False
     """Of the run's checkpoints, take only one whose layers are all of one step, exactly."""
     max_rollback_steps: int | None = None
+    max_staleness: int | None = None
     """Refuse to fall back further than this."""
     random_state: bool = True
     """Restore random numbers and the position in the data."""
@@ -205,6 +206,7 @@ class LightningSession:
             lambda candidate: self._plan(candidate, small),
             consistent=self._options.consistent,
             max_rollback_steps=self._options.max_rollback_steps,
+            max_staleness=self._options.max_staleness,
         )
         if found is None:
             raise NotFoundError(
@@ -218,7 +220,12 @@ class LightningSession:
     def load_named(self, path: Path) -> dict[str, Any]:
         """Load the checkpoint of a name."""
         small: dict[Path, _Small] = {}
-        found = load_named(path, lambda candidate: self._plan(candidate, small), self.checkpointer.meeting)
+        found = load_named(
+            path,
+            lambda candidate: self._plan(candidate, small),
+            self.checkpointer.meeting,
+            max_staleness=self._options.max_staleness,
+        )
         return self._restore(found, small[found.path])
 
     def _plan(self, candidate: Checkpoint, small: dict[Path, _Small]) -> Fill:
@@ -248,6 +255,7 @@ class LightningSession:
 
     def _restore(self, found: Checkpoint, small: _Small) -> dict[str, Any]:
         self.checkpointer.begin(found)
+        self.checkpointer.watch(self.trainer.lightning_module, self.trainer.optimizers)
         self._loaded = found
         self._last = (found.manifest.step, "full")
         self._rng = small.rng

@@ -13,13 +13,14 @@ import torch
 
 from ..checkpoint import Checkpoint, describe_layers
 from ..checkpointer import Checkpointer
+from ..drift import LayerDrift
 from ..engine_options import EngineOptions, engine_options
 from ..errors import IncompatibleError, InvalidInputError, TailorError
 from ..load import plan_load
 from ..meeting import Outcome
 from ..model_state import is_adapted
 from ..ranks import join_ranks
-from ..resume import Fill, load_named
+from ..resume import Fill, ResumeLimits, load_named
 from ..strategies import SaveContext, Strategy
 from ..writer import SaveHandle
 from .batches import Batches
@@ -77,15 +78,16 @@ class Run:
         scheduler: Learning-rate scheduler.
         scaler: ``torch.amp.GradScaler``.
         strategy: Which layers a save writes: ``"full"``, ``"parity"``, ``"filter(first=2)"``, an object, a callable.
-        save_steps: ``step`` saves at multiples of this.
+        save_steps: ``step`` saves at multiples of this, unless the strategy (``budget_per_step``) or ``interval``
+            decides.
         keep: How many checkpoints to keep; None keeps all.
         keep_consistent: Never remove the newest checkpoint whose layers are all of one step, exactly.
         state: More objects with ``state_dict``, by name.
         split_experts: Every expert of a block is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
         **options: ``rest``, ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``,
-            ``mirror_keep``, ``durable``, ``spread_layers``, ``commit_timeout_secs``: see ``EngineOptions``;
-            ``on_sigterm``, ``grace_secs``: see ``PreemptionOptions``.
+            ``mirror_keep``, ``durable``, ``spread_layers``, ``commit_timeout_secs``, ``monitor``, ``interval``: see
+            ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see ``PreemptionOptions``.
 
     Raises:
         InvalidInputError: An unknown strategy, an option that makes no sense, or a name in ``state`` that is taken.
@@ -159,6 +161,7 @@ class Run:
         *,
         consistent: bool = False,
         max_rollback_steps: int | None = None,
+        max_staleness: int | None = None,
         random_state: bool = True,
     ) -> int:
         """Load the newest checkpoint that verifies, or the one given, and say which step each layer is of.
@@ -167,6 +170,7 @@ class Run:
             checkpoint: A checkpoint's directory; None takes the newest of this run.
             consistent: Take only a checkpoint whose layers are all of one step, exactly.
             max_rollback_steps: Refuse to fall back further than this.
+            max_staleness: Take only a checkpoint none of whose layers is more steps old than this.
             random_state: Restore random numbers; False accepts that the run differs from here on.
 
         Returns:
@@ -189,9 +193,16 @@ class Run:
             small[path] = step, states, load_rng(path, rank=rank) if random_state else None
             return plan_load(candidate, self._checkpointer.read_model(self._model), self._optimizers).fill
 
-        found = self._find(checkpoint, plan, consistent=consistent, max_rollback_steps=max_rollback_steps)
+        if checkpoint is None:
+            limits = ResumeLimits(
+                consistent=consistent, max_rollback_steps=max_rollback_steps, max_staleness=max_staleness
+            )
+            found = self._checkpointer.load(plan, **limits)
+        else:
+            found = load_named(Path(checkpoint), plan, self._checkpointer.meeting, max_staleness=max_staleness)
         if found is None:
             self._checkpointer.begin(None)
+            self._checkpointer.watch(self._model, self._optimizers)
             return 0
         step, states, rng = small[found.path]
         try:
@@ -203,6 +214,7 @@ class Run:
             raise
         self._checkpointer.meeting.agree(Outcome())
         self._checkpointer.begin(found)
+        self._checkpointer.watch(self._model, self._optimizers)
         if not self._rank:
             sys.stderr.write(describe_layers(found) + "\n")
         return step
@@ -233,19 +245,6 @@ class Run:
             return self._rank
         return None if saved == 1 else 0
 
-    def _find(
-        self,
-        checkpoint: str | Path | None,
-        plan: Callable[[Checkpoint], Fill],
-        *,
-        consistent: bool,
-        max_rollback_steps: int | None,
-    ) -> Checkpoint | None:
-        """Load model and optimizers from what is to be resumed from, while it is verified."""
-        if checkpoint is not None:
-            return load_named(Path(checkpoint), plan, self._checkpointer.meeting)
-        return self._checkpointer.load(plan, consistent=consistent, max_rollback_steps=max_rollback_steps)
-
     def step(self, step: int) -> SaveHandle | None:
         """Tell the run that ``step`` optimizer steps are done; saves if that is due.
 
@@ -260,7 +259,8 @@ class Run:
             handle = self.save(step)
             self._preemption.end()
             return handle
-        if step % self._save_steps == 0:
+        is_due = self._checkpointer.pace.is_due(step)
+        if step % self._save_steps == 0 if is_due is None else is_due:
             return self.save(step)
         self._checkpointer.collect()
         self._checkpointer.prepare(self._model, self._optimizers)
@@ -285,6 +285,31 @@ class Run:
             save_rng(directory, rank=self._rank)
 
         return self._checkpointer.save(step, self._model, self._optimizers, write_small_files)
+
+    def measure(self, step: int) -> Mapping[str, LayerDrift]:
+        """How each layer moved since its last save, now; with ``monitor=True`` or a strategy that asks for it.
+
+        On several ranks all call it at the same steps.
+
+        Args:
+            step: Optimizer steps done.
+
+        Returns:
+            By layer; estimated from some thousand of its entries.
+
+        Raises:
+            InvalidInputError: This run measures nothing.
+        """
+        return self._checkpointer.measure(step, self._model, self._optimizers)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest measurement, at the last save or by ``measure``, as trackers take it.
+
+        ``drift/<layer>``, ``importance/<layer>``, ``update/<layer>``, ``momentum/<layer>``, ``age/<layer>`` and
+        ``expected_loss_steps``; empty if nothing was measured.
+        """
+        return self._checkpointer.metrics
 
     def wait_until_captured(self) -> None:
         """Wait until no save refers to the live state any more; before anything but ``optimizer.step()`` changes it."""

@@ -32,7 +32,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
@@ -51,12 +51,13 @@ from ..load import load_model, load_optimizers
 from ..meeting import Meeting, Outcome
 from ..model_state import is_adapted, read_model
 from ..ranks import join_ranks
-from ..resume import open_resumable
+from ..resume import ResumeLimits, check_staleness, open_resumable, resume_limits
 from ..save_plan import Contents
 from ..storage import checkpoint_name
 from ..strategies import SaveContext, Strategy, parse_strategy
 from ..writer import SaveHandle
 from .preemption import Preemption, PreemptionOptions, check_on_ranks, preemption_options
+from .trainer_callback import StepCallback, module_of
 from .trainer_deepspeed import EngineOfTrainer, save_engine
 from .trainer_files import is_ours, is_stock, make_writable, require_trainer, without_progress_bars
 
@@ -67,7 +68,7 @@ logger = logging.getLogger(__name__)
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 
-class TailorOptions(EngineOptions, PreemptionOptions, total=False):
+class TailorOptions(EngineOptions, PreemptionOptions, ResumeLimits, total=False):
     """What ``tailor`` and ``TailorMixin`` take, beside the Trainer's own arguments."""
 
     strategy: str | Strategy | Callable[[SaveContext], Collection[str]]
@@ -75,10 +76,6 @@ class TailorOptions(EngineOptions, PreemptionOptions, total=False):
     keep_consistent: bool
     """Never remove the newest checkpoint whose layers are all of one step, exactly; True by default. It counts towards
     ``save_total_limit``."""
-    consistent: bool
-    """Resume only from a checkpoint whose layers are all of one step, exactly; False by default."""
-    max_rollback_steps: int | None
-    """Refuse to resume from further back than this; None by default."""
     split_experts: bool
     """Every expert of a block is a layer of its own; False by default."""
     layer_overrides: Mapping[str, Sequence[str]] | None
@@ -181,10 +178,7 @@ class TailorMixin(EngineOfTrainer, _Base):
             checkpointer.begin(None)
             return None
         if wanted is True:
-            options = self._tailor_options
-            found = checkpointer.find(
-                consistent=options.get("consistent", False), max_rollback_steps=options.get("max_rollback_steps")
-            )
+            found = checkpointer.find(**resume_limits(self._tailor_options))
             if found is None:
                 raise NotFoundError(
                     "nothing to resume: the run has no checkpoint of LLMTailor",
@@ -195,6 +189,7 @@ class TailorMixin(EngineOfTrainer, _Base):
         elif is_ours(wanted) or not is_stock(wanted):
             found = open_resumable(Path(wanted), checkpointer.meeting)
             require_optimizer(found)
+            check_staleness(found, self._tailor_options.get("max_staleness"))
         else:
             # A checkpoint of stock transformers: stock code loads it, and our first save is full.
             checkpointer.begin(None)
@@ -242,7 +237,7 @@ class TailorMixin(EngineOfTrainer, _Base):
         try:
             handle = checkpointer.save(
                 self.state.global_step,
-                _module(self),
+                module_of(self),
                 [self.optimizer],
                 write_small_files,
                 contents=self._tailor_contents,
@@ -253,6 +248,8 @@ class TailorMixin(EngineOfTrainer, _Base):
             handle = SaveHandle(self.state.global_step, error=err)
         self.last_save = handle
         self._tailor_saves = {**self._tailor_saves, handle: last_best}
+        if drifts := {k: v for k, v in checkpointer.metrics.items() if k.startswith(("drift/", "expected_loss"))}:
+            self.log(drifts)
         if self._tailor_push_is_due and handle.error is None:
             self._tailor_push(handle)
 
@@ -309,7 +306,7 @@ class TailorMixin(EngineOfTrainer, _Base):
         if checkpointer is not None and self.optimizer is not None:
             # Not from a callback: a log inside of one would take back the Trainer's own wish to log.
             self._tailor_collect()
-            checkpointer.prepare(_module(self), [self.optimizer], contents=self._tailor_contents)
+            checkpointer.prepare(module_of(self), [self.optimizer], contents=self._tailor_contents)
             if self._tailor_preemption is not None and self._tailor_preemption.wants_save:
                 checkpointer.drain(self._tailor_preemption.left_secs)
                 self._save_checkpoint(self.model, None)
@@ -348,7 +345,7 @@ class TailorMixin(EngineOfTrainer, _Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; during a checkpoint everything but the weights, which are saved by layer."""
-        if self._tailor_staged is None or is_adapted(_module(self)):
+        if self._tailor_staged is None or is_adapted(module_of(self)):
             super().save_model(output_dir, _internal_call)
             return
         # An empty state dict makes stock code write everything else, and an empty weights file that has to go:
@@ -386,7 +383,7 @@ class TailorMixin(EngineOfTrainer, _Base):
         if not is_ours(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        module = _module(self) if model is None else model
+        module = module_of(self) if model is None else model
         self._tailor_together(lambda: _load_model(resume_from_checkpoint, module))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -399,7 +396,7 @@ class TailorMixin(EngineOfTrainer, _Base):
         if self.is_deepspeed_enabled:  # the engine has loaded all but a scheduler of the Trainer's own
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self._tailor_together(lambda: load_optimizers(open_checkpoint(path), read_model(_module(self)), [optimizer]))
+        self._tailor_together(lambda: load_optimizers(open_checkpoint(path), read_model(module_of(self)), [optimizer]))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
             self.lr_scheduler.load_state_dict(torch.load(path / SCHEDULER_NAME, map_location="cpu", weights_only=True))
@@ -410,7 +407,7 @@ class TailorMixin(EngineOfTrainer, _Base):
             super()._load_best_model()
             return
         logger.info("loading the best model from %s (score: %s)", best, self.state.best_metric)
-        self._tailor_together(lambda: _load_model(best, _module(self)))
+        self._tailor_together(lambda: _load_model(best, module_of(self)))
 
     def _tailor_together(self, load: Callable[[], None]) -> None:
         """Load on all ranks; if one cannot, none goes on to a collective that the others never come to."""
@@ -462,22 +459,10 @@ def _attach(trainer: Any, options: Mapping[str, Any]) -> None:
     _refuse_sharding(trainer)
     check_options(engine_options(options))
     Preemption(list, preemption_options(options))
-    trainer.pop_callback(_CaptureCallback)
-    trainer.add_callback(_CaptureCallback(weakref.ref(trainer)))
+    trainer.pop_callback(StepCallback)
+    trainer.add_callback(StepCallback(weakref.ref(trainer)))
     # Parsed here so that a misspelt strategy is said before the model trains.
     trainer._tailor_options = {**options, "strategy": parse_strategy(options.get("strategy", "full"))}
-
-
-class _CaptureCallback(TrainerCallback):
-    """Has the optimizer wait for the state to be captured, also where it is none of torch's."""
-
-    def __init__(self, trainer: weakref.ref[Any]) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self._trainer()
-        if trainer is not None and trainer._tailor_checkpointer is not None:
-            trainer._tailor_checkpointer.wait_until_captured()
 
 
 def _refuse_sharding(trainer: Trainer) -> None:
@@ -489,11 +474,6 @@ def _refuse_sharding(trainer: Trainer) -> None:
             found="FSDP version 1",
             hint='FSDP version 2 is chosen with fsdp_config={"fsdp_version": 2}',
         )
-
-
-def _module(trainer: Trainer) -> torch.nn.Module:
-    assert trainer.model is not None
-    return trainer.model
 
 
 def _load_model(path: str, model: torch.nn.Module) -> None:

@@ -174,7 +174,7 @@ def _describe_world(manifest: Manifest) -> str:
 
 
 def _describe_inconsistency(manifest: Manifest) -> str:
-    staleness = max((manifest.step - layer.state_step for layer in manifest.layers), default=0)
+    staleness = manifest.staleness
     num_coded = sum(layer.encoding is not None for layer in manifest.layers)
     age = f"the oldest layer is {format_number_of(staleness, 'step')} behind" if staleness else "nothing is stale"
     if not num_coded:

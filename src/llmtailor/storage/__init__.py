@@ -3,6 +3,7 @@
 from .direct_file import ALIGNMENT, DirectFile, pad
 from .file_reading import PIECE_NBYTES, FileReader, aligned_buffer, read_buffered, read_cached, read_direct, read_files
 from .filesystem import FreeSpace, LocalFileSystem
+from .line_file import append_line, read_lines
 from .lock import RunLock
 from .output_directory import OutputDirectory
 from .run_directory import (
@@ -37,6 +38,7 @@ __all__ = [
     "StagedFile",
     "StagingSeat",
     "aligned_buffer",
+    "append_line",
     "checkpoint_name",
     "list_attempts",
     "list_checkpoints",
@@ -47,4 +49,5 @@ __all__ = [
     "read_cached",
     "read_direct",
     "read_files",
+    "read_lines",
 ]

@@ -402,6 +402,14 @@ class RunDirectory:
         with contextlib.suppress(OSError):
             self._filesystem.fsync_directory(self.path)
 
+    @property
+    def free_nbytes(self) -> int | None:
+        """Room left on its file system; None if that does not say."""
+        try:
+            return self._filesystem.free_space(self.path).nbytes
+        except OSError:
+            return None
+
     def write_pointer(self, name: str, text: str) -> None:
         """Put a small file for other tools beside the checkpoints, durably; the one before is there until this is.
 

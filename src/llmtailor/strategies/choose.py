@@ -60,10 +60,8 @@ def choose_layers(strategy: Strategy, context: SaveContext) -> tuple[Choice, ...
 
 
 def _reason_for(layer: LayerStatus, strategy: Strategy, selected: frozenset[str], context: SaveContext) -> str:
-    if context.save_index == 0 or layer.saved_step is None:
+    if context.is_first(layer):
         return FIRST_SAVE
     if layer.name in selected:
         return STRATEGY
-    if strategy.max_age is not None and context.step - layer.saved_step > strategy.max_age:
-        return MAX_AGE
-    return KEPT
+    return MAX_AGE if strategy.must_write(layer, context) else KEPT

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..drift import LayerDrift
 from ..errors import InvalidInputError
 from ..layers import LayerKind
 
-__all__ = ["LayerStatus", "SaveContext", "Strategy", "check_names", "check_number", "format_call"]
+__all__ = ["DEFAULT_MAX_AGE", "LayerStatus", "SaveContext", "Strategy", "check_names"]
+
+DEFAULT_MAX_AGE = 1000
+"""In optimizer steps; of strategies by which a layer may wait for ever, where the user gives no bound."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,14 @@ class SaveContext:
         assert not late, f"saved after step {self.step}: {late}"
         assert self.previous_step is None or self.previous_step <= self.step
 
+    def is_first(self, layer: LayerStatus) -> bool:
+        """There is nothing saved of the layer that could be kept."""
+        return self.save_index == 0 or layer.saved_step is None
+
+    def age_of(self, layer: LayerStatus) -> float:
+        """Steps since the layer was saved; infinite if it never was."""
+        return math.inf if layer.saved_step is None else self.step - layer.saved_step
+
 
 class Strategy(ABC):
     """Decides which layers are written at a save. Pure: the same context gives the same answer.
@@ -60,8 +71,15 @@ class Strategy(ABC):
 
     max_age: int | None
     """A layer older than this many optimizer steps is written whatever ``select`` says; None: no such bound."""
-    needs_drift: ClassVar[bool] = False
-    """Every layer's ``drift`` has to be measured before ``select`` is asked."""
+
+    @property
+    def needs_drift(self) -> bool:
+        """Every layer's ``drift`` has to be measured before ``select`` is asked."""
+        return False
+
+    def must_write(self, layer: LayerStatus, context: SaveContext) -> bool:
+        """Whether ``choose_layers`` writes the layer whatever ``select`` says: it was never saved, or is too old."""
+        return context.is_first(layer) or (self.max_age is not None and context.age_of(layer) > self.max_age)
 
     @abstractmethod
     def select(self, context: SaveContext) -> frozenset[str]:
@@ -96,32 +114,3 @@ def check_names(names: Iterable[object], context: SaveContext) -> frozenset[str]
             hint=f"did you mean {', '.join(near)}?" if near else f"layers are {', '.join(known[:5])}, ...",
         )
     return frozenset(str(name) for name in chosen)
-
-
-def check_number(strategy: str, argument: str, value: object, *, least: int, optional: bool = False) -> None:
-    """Raises if a strategy's argument is not a whole number of at least ``least`` (or None, if ``optional``).
-
-    Raises:
-        InvalidInputError: Kind ``argument-type`` or ``argument-range``.
-    """
-    if value is None and optional:
-        return
-    # bool is an int to Python, but "first=True" is a mistake.
-    if type(value) is not int:
-        what, kind = f"argument {argument!r} of strategy {strategy!r} is not a whole number", "argument-type"
-    elif value < least:
-        what, kind = f"argument {argument!r} of strategy {strategy!r} is too small", "argument-range"
-    else:
-        return
-    raise InvalidInputError(
-        what,
-        kind=kind,
-        expected=f"a whole number of at least {least}",
-        found=repr(value),
-        hint=f"write for example {argument}={max(least, 2)}",
-    )
-
-
-def format_call(name: str, **arguments: object) -> str:
-    """``name(key=value, ...)`` without the arguments that are None."""
-    return f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)})"

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..errors import InvalidInputError
-from .context import SaveContext, Strategy, check_names, check_number, format_call
+from .arguments import check_number, format_call
+from .context import DEFAULT_MAX_AGE, SaveContext, Strategy, check_names
 
-__all__ = ["DEFAULT_MAX_AGE", "Custom"]
-
-DEFAULT_MAX_AGE = 1000
-"""In optimizer steps; what a function is given where the user gives no bound."""
+__all__ = ["Custom"]
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..layers import LayerKind
-from .context import LayerStatus, SaveContext, Strategy, check_number, format_call
+from .arguments import check_number, format_call
+from .context import LayerStatus, SaveContext, Strategy
 from .parity import is_turn
 
-__all__ = ["Filter"]
+__all__ = ["Filter", "outer_blocks"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Filter(Strategy):
 
     def select(self, context: SaveContext) -> frozenset[str]:
         """Outer blocks and layers of kind OTHER, and one half of the rest when it is due."""
-        always = self._outer_blocks(context) | {layer.name for layer in context.layers if layer.kind is LayerKind.OTHER}
+        outer = outer_blocks(context.layers, self.first, self.last)
+        always = outer | {layer.name for layer in context.layers if layer.kind is LayerKind.OTHER}
         turn, remainder = divmod(context.save_index, self.every)
         if remainder:
             return always
@@ -53,13 +56,15 @@ class Filter(Strategy):
         """``filter(first=2, last=2, every=5)``, with ``max_age`` if there is one."""
         return format_call("filter", first=self.first, last=self.last, every=self.every, max_age=self.max_age)
 
-    def _outer_blocks(self, context: SaveContext) -> frozenset[str]:
-        stacks: dict[str | None, list[LayerStatus]] = defaultdict(list)
-        for layer in context.layers:
-            if layer.kind is LayerKind.BLOCK:
-                stacks[layer.stack].append(layer)
-        outer: set[str] = set()
-        for stack in stacks.values():
-            names = [block.name for block in sorted(stack, key=lambda block: block.index or 0)]
-            outer |= {*names[: self.first], *names[max(len(names) - self.last, 0) :]}
-        return frozenset(outer)
+
+def outer_blocks(layers: Iterable[LayerStatus], first: int, last: int) -> frozenset[str]:
+    """The first and last so many blocks of each stack, in order of their index."""
+    stacks: dict[str | None, list[LayerStatus]] = defaultdict(list)
+    for layer in layers:
+        if layer.kind is LayerKind.BLOCK:
+            stacks[layer.stack].append(layer)
+    outer: set[str] = set()
+    for stack in stacks.values():
+        names = [block.name for block in sorted(stack, key=lambda block: block.index or 0)]
+        outer |= {*names[:first], *names[max(len(names) - last, 0) :]}
+    return frozenset(outer)

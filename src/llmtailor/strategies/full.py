@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .context import SaveContext, Strategy, format_call
+from .arguments import format_call
+from .context import SaveContext, Strategy
 
 __all__ = ["Full"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..layers import LayerKind
-from .context import LayerStatus, SaveContext, Strategy, check_number, format_call
+from .arguments import check_number, format_call
+from .context import LayerStatus, SaveContext, Strategy
 
 __all__ = ["Parity", "is_turn"]
 

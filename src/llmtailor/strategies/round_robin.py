@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..layers import LayerKind
-from .context import LayerStatus, SaveContext, Strategy, check_number, format_call
+from .arguments import check_number, format_call
+from .context import LayerStatus, SaveContext, Strategy
 
 __all__ = ["RoundRobin"]
 

@@ -1,0 +1,214 @@
+"""Reads the picked entries of a training, all layers at once, and sums over them what is said of each layer.
+
+Many small gathers on the device, one copy per device to the host, and the rest in numpy: some milliseconds, whatever
+the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..drift import LayerSums
+from ..local_parts import memory_of
+from ..manifest import OptimizerRecord
+from ..optimizer_values import decode_option
+from .picks import Factors, ParameterPicks
+
+__all__ = ["Entries", "Floats", "Hyper", "hyper_parameters", "read_entries", "sum_up"]
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyper:
+    """What an optimizer multiplies a parameter's state with."""
+
+    lr: float
+    eps: float
+    betas: tuple[float, float] | None
+    """Of Adam's kind; None where moments are not corrected for their start."""
+    is_sgd: bool
+    """The update is ``lr`` times the first moment."""
+    step: float | None
+    """Where the optimizer counts updates for all of a group."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entries:
+    """Values of picked entries, parameter by parameter."""
+
+    weights: Floats
+    first: Floats
+    """0 where there is none."""
+    second: Floats
+    steps: Floats
+    """Updates so far, one per parameter; NaN if not counted."""
+
+
+def hyper_parameters(optimizers: Sequence[OptimizerRecord]) -> dict[str, Hyper]:
+    """fqn -> what its optimizer says of it."""
+    found: dict[str, Hyper] = {}
+    for optimizer in optimizers:
+        for group in optimizer.groups:
+            options = {name: decode_option(value) for name, value in group.options.items() if name in _OPTIONS}
+            found |= dict.fromkeys(group.parameters, _read_hyper(optimizer.name, options))
+    return found
+
+
+_OPTIONS = frozenset({"lr", "eps", "betas", "step"})
+
+
+def _read_hyper(name: str, options: Mapping[str, object]) -> Hyper:
+    betas = options.get("betas")
+    pair = tuple(map(_number, betas)) if isinstance(betas, tuple | list) and len(betas) == 2 else None
+    step = options.get("step")
+    return Hyper(
+        lr=_number(options.get("lr", 0.0)),
+        eps=_number(options.get("eps", 0.0)),
+        betas=None if pair is None else (pair[0], pair[1]),
+        is_sgd=name.rpartition(".")[2].lower() == "sgd",
+        step=None if step is None else _number(step),
+    )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, torch.Tensor):
+        return float(value.item())
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def read_entries(picked: Sequence[ParameterPicks]) -> Entries:
+    """The values of all picked entries, laid end to end in the order of the parameters."""
+    sizes = [each.indices.numel() for each in picked]
+    starts = np.cumsum([0, *sizes])
+    entries = Entries(
+        weights=np.zeros(starts[-1]),
+        first=np.zeros(starts[-1]),
+        second=np.zeros(starts[-1]),
+        steps=np.full(len(picked), np.nan),
+    )
+    _scatter(entries.weights, starts, ((n, torch.take(each.weights, each.indices)) for n, each in enumerate(picked)))
+    _scatter(
+        entries.first,
+        starts,
+        ((n, torch.take(each.first, each.indices)) for n, each in enumerate(picked) if each.first is not None),
+    )
+    _scatter(
+        entries.second,
+        starts,
+        ((n, _take_second(each.second, each)) for n, each in enumerate(picked) if each.second is not None),
+    )
+    counts = ((n, memory_of(each.step).reshape(1)) for n, each in enumerate(picked) if each.step is not None)
+    _scatter(entries.steps, np.arange(len(picked) + 1), counts)
+    return entries
+
+
+def _take_second(second: torch.Tensor | Factors, picks: ParameterPicks) -> torch.Tensor:
+    if isinstance(second, torch.Tensor):
+        return torch.take(second, picks.indices)
+    num_rows, num_columns = second.rows.shape[1], second.columns.shape[1]
+    row = picks.indices // num_columns
+    batch = row // num_rows
+    of_row, of_column = (
+        torch.take(second.rows, row),
+        torch.take(second.columns, batch * num_columns + picks.indices % num_columns),
+    )
+    return of_row * of_column / second.rows.mean(dim=1)[batch].clamp_min(1e-38)
+
+
+def _scatter(target: Floats, starts: npt.NDArray[np.int64], taken: Iterable[tuple[int, torch.Tensor]]) -> None:
+    """Copy values of some parameters to their places, with one copy from each device."""
+    by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+    for number, values in taken:
+        by_device[values.device].append((number, values))
+    for each in by_device.values():
+        together = torch.cat([tensor.float() for _, tensor in each]).cpu().numpy()
+        at = 0
+        for number, tensor in each:
+            target[starts[number] : starts[number + 1]] = together[at : at + tensor.numel()]
+            at += tensor.numel()
+
+
+def sum_up(
+    sets: Sequence[Sequence[ParameterPicks]], entries: Entries, saved: Floats, hyper: Mapping[str, Hyper]
+) -> list[LayerSums]:
+    """The sums of each set of picks.
+
+    Args:
+        sets: Whose parameters, laid end to end, are those of ``entries``.
+        entries: Values now.
+        saved: Weights at the last save of the layer, entry by entry.
+        hyper: By fqn; a parameter that no optimizer has is left out.
+    """
+    picked = [each for picks in sets for each in picks]
+    if not picked:
+        return [LayerSums() for _ in sets]
+    scale = np.array([each.scale for each in picked])
+    sizes = np.array([each.indices.numel() for each in picked])
+    starts = np.cumsum(sizes) - sizes
+
+    def per_parameter(values: Floats) -> Floats:
+        sums: Floats = np.add.reduceat(values, starts) * scale
+        return sums
+
+    is_trainable = np.array([each.is_trainable for each in picked], dtype=float)
+    has_first = np.array([each.first is not None for each in picked], dtype=float)
+    has_second = np.array([each.second is not None for each in picked], dtype=float)
+    # What a diverged run or one of huge numbers brings is for the caller to judge.
+    with np.errstate(all="ignore"):
+        update, is_known = _updates(picked, entries, sizes, hyper)
+        moved = np.square(entries.weights - saved)
+        root = np.sqrt(entries.second)
+        columns = {
+            "trainable": sizes * scale * is_trainable,
+            "with_second": sizes * scale * is_trainable * has_second,
+            "with_first": sizes * scale * is_trainable * has_first,
+            "with_update": sizes * scale * is_trainable * is_known,
+            "weights": per_parameter(np.square(entries.weights)),
+            "saved": per_parameter(np.square(saved)),
+            "moved": per_parameter(moved),
+            "first": per_parameter(np.square(entries.first)),
+            "update": per_parameter(np.square(update)),
+            "importance": per_parameter(root * moved),
+            "rate": per_parameter(root * np.square(update)),
+        }
+        columns["moved_trainable"] = columns["moved"] * is_trainable
+    ends = np.cumsum([len(picks) for picks in sets])
+    return [
+        LayerSums(**{name: float(values[end - len(picks) : end].sum()) for name, values in columns.items()})
+        for picks, end in zip(sets, ends, strict=True)
+    ]
+
+
+def _updates(
+    picked: Sequence[ParameterPicks], entries: Entries, sizes: npt.NDArray[np.int64], hyper: Mapping[str, Hyper]
+) -> tuple[Floats, Floats]:
+    """The next update of each entry as far as the state tells it, and for each parameter whether it does.
+
+    Source: torch 2.13, optim/adam.py and adamw.py (_single_tensor_adam), optim/sgd.py (_single_tensor_sgd).
+    """
+    unknown = Hyper(lr=0.0, eps=0.0, betas=None, is_sgd=False, step=None)
+    of = [hyper.get(each.fqn, unknown) for each in picked]
+    steps = np.where(
+        np.isnan(entries.steps), [np.nan if each.step is None else each.step for each in of], entries.steps
+    )
+    betas = np.array([(np.nan, np.nan) if each.betas is None else each.betas for each in of])
+    corrections = 1 - betas ** steps[:, None]
+    corrections = np.where(np.isfinite(corrections) & (corrections > 0), corrections, 1.0)
+    lr, eps = (np.repeat([getattr(each, name) for each in of], sizes) for name in ("lr", "eps"))
+    first = entries.first / np.repeat(corrections[:, 0], sizes)
+    second = entries.second / np.repeat(corrections[:, 1], sizes)
+    is_sgd = np.array([each.is_sgd and pick.first is not None for each, pick in zip(of, picked, strict=True)])
+    is_adam = np.array([pick.first is not None and pick.second is not None for pick in picked])
+    divisor = np.sqrt(second) + eps
+    of_adam = np.divide(first, divisor, out=np.zeros_like(first), where=divisor != 0)
+    update = lr * np.where(np.repeat(is_sgd, sizes), entries.first, of_adam)
+    is_known = (is_sgd | is_adam).astype(float)
+    return update * np.repeat(is_known, sizes), is_known

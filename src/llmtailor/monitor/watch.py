@@ -1,0 +1,186 @@
+"""Watches the layers of a run: measures them at its saves, on all ranks together, and goes on after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from ..checkpoint import Checkpoint
+from ..drift import LayerDrift, mean_age, shares_of_progress
+from ..layers import part_suffix
+from ..live_state import LiveLayers
+from ..manifest import Manifest
+from ..meeting import Meeting
+from ..save_plan import SavePlan
+from ..writer import CodedImage
+from .monitor import START, Look, Monitor
+
+__all__ = ["DRIFT_NAME", "Watch"]
+
+DRIFT_NAME = "drift.safetensors"
+"""In a checkpoint: of layers that are kept as codes, the picked weights of the exact save that they are measured from.
+Of all others those are the weights that a resume loads."""
+
+
+class Watch:
+    """Called by the training thread; on every rank, in the same order.
+
+    Args:
+        meeting: The ranks.
+        timeout_secs: How long ranks wait for each other.
+    """
+
+    def __init__(self, meeting: Meeting, timeout_secs: float) -> None:
+        self._meeting = meeting
+        self._timeout_secs = timeout_secs
+        self._monitor = Monitor()
+        self._look: Look | None = None
+        self.step: int | None = None
+        """Of the newest measurement."""
+        self.drifts: Mapping[str, LayerDrift] = {}
+        """By layer: the newest measurement; the same on every rank."""
+        self.shares: Mapping[str, float] = {}
+        """By layer: its share of what a step achieves; see ``drift.shares_of_progress``."""
+        self.ages: Mapping[str, int] = {}
+        """By layer: steps since its last save."""
+        self.expected_loss_steps: float | None = None
+        """What a resume from the newest save loses, see ``drift.mean_age``; None before the first."""
+        self.has_begun = False
+
+    def begin(self, live: LiveLayers, parent: Checkpoint | None) -> None:
+        """Measure from here on: the state is what was loaded from a checkpoint, or what training starts with.
+
+        Args:
+            live: The state, before the first step.
+            parent: What it was loaded from.
+        """
+        look = self._monitor.look(live)
+        records = {} if parent is None else {record.name: record for record in parent.manifest.layers}
+        kept = {} if parent is None else _read_references(parent.path, self._file_name)
+        references = {}
+        for number, name in enumerate(look.layers):
+            now, record = look.weights_of(number).copy(), records.get(name)
+            step = START if record is None else record.step
+            is_coded = record is not None and record.encoding is not None
+            known = kept.get(name) if is_coded else None
+            is_fit = known is not None and known[0] == step and known[1].shape == now.shape
+            references[name] = (step, known[1] if is_fit and known is not None else now)
+        self._monitor.begin(references)
+        self.has_begun = True
+
+    def measure(self, read: Callable[[], LiveLayers], step: int, parent: Manifest | None) -> LiveLayers:
+        """Read the state, and how each layer moved since its last save; waits for the other ranks.
+
+        Args:
+            read: Reads it.
+            step: Optimizer steps done.
+            parent: The checkpoint before.
+
+        Raises:
+            TailorError: What ``read`` raised, on this rank or another.
+            WriteError: Kind ``rank-late``.
+        """
+        steps = saved_steps(parent)
+        try:
+            live = read()
+            look = self._monitor.look(live)
+        except BaseException as err:
+            self._meeting.add_up(None, err, self._timeout_secs)
+            raise
+
+        def add_up(own: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+            total = self._meeting.add_up(own.tobytes(), None, self._timeout_secs)
+            return np.frombuffer(total, dtype=np.float32).reshape(own.shape)
+
+        is_alone = self._meeting.ranks is None
+        self.drifts = self._monitor.measure(look, live, steps, None if is_alone else add_up)
+        self.shares = shares_of_progress(self.drifts, live.nbytes)
+        self.ages = {name: step - max(steps.get(name, 0), 0) for name in look.layers}
+        self.step, self._look, self.has_begun = step, look, True
+        return live
+
+    def note_save(self, plan: SavePlan, directory: Path, parent: Manifest | None) -> None:
+        """The state that was last measured is being saved.
+
+        Args:
+            plan: The save.
+            directory: Where what layers in codes are measured from is kept: the checkpoint, in staging.
+            parent: The checkpoint before.
+        """
+        assert self._look is not None
+        steps = saved_steps(parent)
+        stale = {name: self.ages[name] if name in plan.kept else 0 for name in self.ages}
+        self.expected_loss_steps = mean_age(stale, self.shares)
+        self._monitor.note_save(plan.step, self._look, steps)
+        coded = {image.layer for image in plan.images if isinstance(image, CodedImage)}
+        found = self._monitor.references({name: step for name, step in steps.items() if name in coded})
+        found = {name: each for name, each in found.items() if each[1].size}
+        if found:
+            metadata = {"steps": json.dumps({name: step for name, (step, _) in found.items()})}
+            tensors = {name: values.astype(np.float32) for name, (_, values) in found.items()}
+            (directory / self._file_name).write_bytes(save(tensors, metadata))
+
+    @property
+    def _file_name(self) -> str:
+        ranks = self._meeting.ranks
+        suffix = "" if ranks is None or ranks.is_coordinator else part_suffix(ranks.rank)
+        return f"{Path(DRIFT_NAME).stem}{suffix}.safetensors"
+
+    def metrics(self) -> dict[str, float]:
+        """The newest measurement, flat, as trackers take it; what is not known is left out."""
+        found: dict[str, float] = {}
+        for kind in ("relative", "importance", "update", "momentum", "gradient"):
+            name = "drift" if kind == "relative" else kind
+            for layer, drift in self.drifts.items():
+                value = getattr(drift, kind)
+                if value is not None:
+                    found[f"{name}/{layer}"] = value
+        if self.drifts:
+            found |= {f"age/{layer}": float(age) for layer, age in self.ages.items()}
+        if self.expected_loss_steps is not None:
+            found["expected_loss_steps"] = self.expected_loss_steps
+        return found
+
+    def record(self) -> dict[str, object]:
+        """The newest measurement as a line of ``drift.jsonl``."""
+        layers = {
+            name: {
+                "age": self.ages[name],
+                "drift": _finite(drift.relative),
+                "importance": _finite(drift.importance),
+                "update": _finite(drift.update),
+                "momentum": _finite(drift.momentum),
+                "gradient": _finite(drift.gradient),
+                "share": _finite(self.shares[name]),
+            }
+            for name, drift in self.drifts.items()
+        }
+        return {"step": self.step, "expected_loss_steps": self.expected_loss_steps, "layers": layers}
+
+
+def saved_steps(parent: Manifest | None) -> dict[str, int]:
+    """Layer -> step of its last exact save."""
+    return {} if parent is None else {record.name: record.step for record in parent.layers}
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _read_references(checkpoint: Path, name: str) -> dict[str, tuple[int, npt.NDArray[np.float64]]]:
+    """What was kept for layers in codes; nothing if the file is not there or not ours, as in older checkpoints."""
+    try:
+        data = (checkpoint / name).read_bytes()
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        steps = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["steps"])
+        return {layer: (int(steps[layer]), values.astype(np.float64)) for layer, values in tensors.items()}
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return {}
