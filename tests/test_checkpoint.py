@@ -113,6 +113,7 @@ def test_codes_that_were_kept_are_as_old_as_they_are() -> None:
         "  step     300 (100 steps old): layers.0",
         "  step     300 (100 steps old, as q8 codes, exact 200 steps ago; weights within 2.1e-05, "
         "moments 0.6 %, 2.3 %): norm",
+        "  about 100 steps of progress are lost (mean age of the layers, weighted by size)",
     ]
 
 

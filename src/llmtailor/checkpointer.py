@@ -35,7 +35,7 @@ from .local_parts import Seat
 from .manifest import INDEX_NAME
 from .meeting import Meeting, open_together
 from .model_state import ModelState, is_adapted
-from .monitor import Watch
+from .monitor import GradientNorms, Watch
 from .open_runs import OpenRun
 from .pace import Pace
 from .ranks import Ranks
@@ -138,14 +138,16 @@ class Checkpointer:
         self._lineage = Lineage(self._tiers, session, seat, on_published=None if seat.rank else on_published)
         timeout_secs = options.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
         is_watched = options.get("monitor", False) or self._strategy.needs_drift
-        self._watch = Watch(self.meeting, timeout_secs) if is_watched else None
+        has_gradients = options.get("monitor") == "gradients"
+        self._watch = Watch(self.meeting, timeout_secs, has_gradients=has_gradients) if is_watched else None
         interval = parse_interval(options.get("interval"))
         self.pace = Pace(self._strategy, interval, self.meeting, has_growth=keep is None, timeout_secs=timeout_secs)
         """When to save next, if that is decided here."""
         self._ballots: Ballots | None = None
         if ranks is not None:
             self._ballots = Ballots(ranks, self._directory, timeout_secs, newest=lambda: self._lineage.newest)
-        hook = register_optimizer_step_pre_hook(_hold_back(weakref.ref(self._engine)))
+        gradients = None if self._watch is None else self._watch.gradients
+        hook = register_optimizer_step_pre_hook(_hold_back(weakref.ref(self._engine), gradients))
         self._open_run = OpenRun(self._directory, hook, self._engine, self._tiers)
         self._outcomes = SaveOutcomes(self._open_run)
         # Whoever forgets to close it still gets the saves in flight, and the run's lock goes with it.
@@ -256,7 +258,9 @@ class Checkpointer:
         if watch is None:
             return self._reader.read(module, optimizers)
         parent = self._lineage.parent_to_plan_with()
-        return watch.measure(lambda: self._reader.read(module, optimizers), step, parent)
+        return watch.measure(
+            lambda: self._reader.read(module, optimizers), step, parent, lambda: self.read_model(module).parameters()
+        )
 
     def _log_measurement(self, watch: Watch) -> None:
         if self._seat.rank == 0 and (error := log_measurement(self._directory, watch.record())) is not None:
@@ -475,16 +479,19 @@ def _take_seat(ranks: Ranks | None, options: EngineOptions) -> Seat:
     return Seat(rank=ranks.rank, size=ranks.size, spread=options.get("spread_layers", False))
 
 
-def _hold_back(engine: weakref.ref[Engine]) -> Callable[..., None]:
+def _hold_back(engine: weakref.ref[Engine], gradients: GradientNorms | None) -> Callable[..., None]:
     """What an optimizer does before each step: wait until the state it is about to change is captured.
 
     For all optimizers of the process: one that the run was not told of may change its model, too. Source: torch 2.13,
     optim/optimizer.py (register_optimizer_step_pre_hook, profile_hook_step): called by every subclass's ``step``.
     """
 
-    def wait(*_: object) -> None:
+    def wait(optimizer: torch.optim.Optimizer, *_: object) -> None:
         live = engine()
-        if live is not None:
-            live.wait_until_captured()
+        if live is None:
+            return
+        live.wait_until_captured()
+        if gradients is not None:
+            gradients.note(optimizer)
 
     return wait

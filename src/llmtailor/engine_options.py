@@ -45,9 +45,10 @@ class EngineOptions(TypedDict, total=False):
     durable: Durability
     """What ``SaveHandle.result`` waits for: "local" (default), or "mirror", too. A copy that fails then counts as a
     failed save."""
-    monitor: bool
-    """Measure at every save how each layer moves, also where the strategy does not ask for it; False by default. On
-    several ranks a save that measures waits for all of them."""
+    monitor: bool | Literal["gradients"]
+    """Measure at every save how each layer moves, also where the strategy does not ask for it; "gradients": the norms
+    of gradients, too, which takes a pass over them at every step. False by default. On several ranks a save that
+    measures waits for all of them."""
     interval: str | Interval | None
     """"auto", or an ``Interval``: how often to save is chosen from what saves cost. None (default): the strategy says
     it (``budget_per_step``), or the caller."""
@@ -82,6 +83,8 @@ def check_options(options: EngineOptions, *, has_peers: bool = False) -> None:
         raise _refuse("max_in_flight", "a number >= 1", in_flight)
     if given.get("mirror") is None and (given.get("durable") == "mirror" or given.get("mirror_keep") is not None):
         raise _refuse("mirror", "a directory, for durable='mirror' and mirror_keep are about it", None)
+    if (monitor := options.get("monitor", False)) not in (False, True, "gradients"):
+        raise _refuse("monitor", "True, False or 'gradients'", monitor)
     parse_interval(options.get("interval"))
     if has_peers:
         _refuse_moments(options)

@@ -8,7 +8,8 @@ watch     all of it for a run, on one rank or several
 
 from __future__ import annotations
 
+from .gradients import GradientNorms
 from .monitor import START, AddUp, Look, Monitor
 from .watch import DRIFT_NAME, Watch
 
-__all__ = ["DRIFT_NAME", "START", "AddUp", "Look", "Monitor", "Watch"]
+__all__ = ["DRIFT_NAME", "START", "AddUp", "GradientNorms", "Look", "Monitor", "Watch"]

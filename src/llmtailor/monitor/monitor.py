@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ __all__ = ["START", "AddUp", "Look", "Monitor"]
 
 AddUp = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 """What all ranks pass, added up; the same on each."""
+
+
+_NONE: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,12 @@ class Monitor:
         return known[1]
 
     def measure(
-        self, look: Look, live: LiveLayers, saved_steps: Mapping[str, int], add_up: AddUp | None = None
+        self,
+        look: Look,
+        live: LiveLayers,
+        saved_steps: Mapping[str, int],
+        gradients: Mapping[str, float] = _NONE,
+        add_up: AddUp | None = None,
     ) -> dict[str, LayerDrift]:
         """How each layer moved since it was saved.
 
@@ -82,10 +91,13 @@ class Monitor:
             live: What was looked at.
             saved_steps: Layer -> step of the save that it is compared with. A layer of which nothing is known of that
                 save is compared with what it is now, then and later.
+            gradients: By fqn: sum of squares of the latest gradient that is here.
             add_up: Called once on each of several ranks; None for one alone.
         """
-        saved = np.concatenate([np.zeros(0), *(self._find(look, n, saved_steps) for n in range(len(look.layers)))])
-        own = sum_up(look.sets, look.entries, saved, hyper_parameters(live.optimizers))
+        saved = np.concatenate(
+            [np.zeros(0, np.float32), *(self._find(look, n, saved_steps) for n in range(len(look.layers)))]
+        )
+        own = sum_up(look.sets, look.entries, saved, hyper_parameters(live.optimizers), gradients)
         table = np.array([each.values() for each in own], dtype=np.float64).reshape(len(own), -1)
         if add_up is not None:
             table = add_up(table.astype(np.float32)).astype(np.float64)

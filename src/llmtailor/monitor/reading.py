@@ -23,7 +23,8 @@ from .picks import Factors, ParameterPicks
 
 __all__ = ["Entries", "Floats", "Hyper", "hyper_parameters", "read_entries", "sum_up"]
 
-Floats: TypeAlias = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float32]
+_Doubles: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +90,10 @@ def read_entries(picked: Sequence[ParameterPicks]) -> Entries:
     sizes = [each.indices.numel() for each in picked]
     starts = np.cumsum([0, *sizes])
     entries = Entries(
-        weights=np.zeros(starts[-1]),
-        first=np.zeros(starts[-1]),
-        second=np.zeros(starts[-1]),
-        steps=np.full(len(picked), np.nan),
+        weights=np.zeros(starts[-1], np.float32),
+        first=np.zeros(starts[-1], np.float32),
+        second=np.zeros(starts[-1], np.float32),
+        steps=np.full(len(picked), np.nan, np.float32),
     )
     _scatter(entries.weights, starts, ((n, torch.take(each.weights, each.indices)) for n, each in enumerate(picked)))
     _scatter(
@@ -137,7 +138,11 @@ def _scatter(target: Floats, starts: npt.NDArray[np.int64], taken: Iterable[tupl
 
 
 def sum_up(
-    sets: Sequence[Sequence[ParameterPicks]], entries: Entries, saved: Floats, hyper: Mapping[str, Hyper]
+    sets: Sequence[Sequence[ParameterPicks]],
+    entries: Entries,
+    saved: Floats,
+    hyper: Mapping[str, Hyper],
+    gradients: Mapping[str, float],
 ) -> list[LayerSums]:
     """The sums of each set of picks.
 
@@ -146,6 +151,7 @@ def sum_up(
         entries: Values now.
         saved: Weights at the last save of the layer, entry by entry.
         hyper: By fqn; a parameter that no optimizer has is left out.
+        gradients: By fqn: sum of squares of the gradient that is here.
     """
     picked = [each for picks in sets for each in picks]
     if not picked:
@@ -154,30 +160,36 @@ def sum_up(
     sizes = np.array([each.indices.numel() for each in picked])
     starts = np.cumsum(sizes) - sizes
 
-    def per_parameter(values: Floats) -> Floats:
-        sums: Floats = np.add.reduceat(values, starts) * scale
+    def per_parameter(values: _Doubles) -> _Doubles:
+        sums: _Doubles = np.add.reduceat(values, starts) * scale
         return sums
 
     is_trainable = np.array([each.is_trainable for each in picked], dtype=float)
     has_first = np.array([each.first is not None for each in picked], dtype=float)
+    gradient = np.array([gradients.get(each.fqn, 0.0) for each in picked])
     has_second = np.array([each.second is not None for each in picked], dtype=float)
     # What a diverged run or one of huge numbers brings is for the caller to judge.
     with np.errstate(all="ignore"):
-        update, is_known = _updates(picked, entries, sizes, hyper)
-        moved = np.square(entries.weights - saved)
-        root = np.sqrt(entries.second)
+        weights, first, second, before = (
+            each.astype(np.float64) for each in (entries.weights, entries.first, entries.second, saved)
+        )
+        update, is_known = _updates(picked, first, second, entries.steps, sizes, hyper)
+        moved = np.square(weights - before)
+        root = np.sqrt(second)
         columns = {
             "trainable": sizes * scale * is_trainable,
             "with_second": sizes * scale * is_trainable * has_second,
             "with_first": sizes * scale * is_trainable * has_first,
             "with_update": sizes * scale * is_trainable * is_known,
-            "weights": per_parameter(np.square(entries.weights)),
-            "saved": per_parameter(np.square(saved)),
+            "weights": per_parameter(np.square(weights)),
+            "saved": per_parameter(np.square(before)),
             "moved": per_parameter(moved),
-            "first": per_parameter(np.square(entries.first)),
+            "first": per_parameter(np.square(first)),
             "update": per_parameter(np.square(update)),
             "importance": per_parameter(root * moved),
             "rate": per_parameter(root * np.square(update)),
+            "gradient": gradient,
+            "with_gradient": np.array([float(each.fqn in gradients) for each in picked]),
         }
         columns["moved_trainable"] = columns["moved"] * is_trainable
     ends = np.cumsum([len(picks) for picks in sets])
@@ -188,27 +200,29 @@ def sum_up(
 
 
 def _updates(
-    picked: Sequence[ParameterPicks], entries: Entries, sizes: npt.NDArray[np.int64], hyper: Mapping[str, Hyper]
-) -> tuple[Floats, Floats]:
+    picked: Sequence[ParameterPicks],
+    first: _Doubles,
+    second: _Doubles,
+    counts: Floats,
+    sizes: npt.NDArray[np.int64],
+    hyper: Mapping[str, Hyper],
+) -> tuple[_Doubles, _Doubles]:
     """The next update of each entry as far as the state tells it, and for each parameter whether it does.
 
     Source: torch 2.13, optim/adam.py and adamw.py (_single_tensor_adam), optim/sgd.py (_single_tensor_sgd).
     """
     unknown = Hyper(lr=0.0, eps=0.0, betas=None, is_sgd=False, step=None)
     of = [hyper.get(each.fqn, unknown) for each in picked]
-    steps = np.where(
-        np.isnan(entries.steps), [np.nan if each.step is None else each.step for each in of], entries.steps
-    )
+    steps = np.where(np.isnan(counts), [np.nan if each.step is None else each.step for each in of], counts)
     betas = np.array([(np.nan, np.nan) if each.betas is None else each.betas for each in of])
     corrections = 1 - betas ** steps[:, None]
     corrections = np.where(np.isfinite(corrections) & (corrections > 0), corrections, 1.0)
     lr, eps = (np.repeat([getattr(each, name) for each in of], sizes) for name in ("lr", "eps"))
-    first = entries.first / np.repeat(corrections[:, 0], sizes)
-    second = entries.second / np.repeat(corrections[:, 1], sizes)
+    mean = first / np.repeat(corrections[:, 0], sizes)
+    divisor = np.sqrt(second / np.repeat(corrections[:, 1], sizes)) + eps
     is_sgd = np.array([each.is_sgd and pick.first is not None for each, pick in zip(of, picked, strict=True)])
     is_adam = np.array([pick.first is not None and pick.second is not None for pick in picked])
-    divisor = np.sqrt(second) + eps
-    of_adam = np.divide(first, divisor, out=np.zeros_like(first), where=divisor != 0)
-    update = lr * np.where(np.repeat(is_sgd, sizes), entries.first, of_adam)
+    of_adam = np.divide(mean, divisor, out=np.zeros_like(mean), where=divisor != 0)
+    update = lr * np.where(np.repeat(is_sgd, sizes), first, of_adam)
     is_known = (is_sgd | is_adam).astype(float)
     return update * np.repeat(is_known, sizes), is_known

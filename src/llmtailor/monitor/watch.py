@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -20,6 +21,7 @@ from ..manifest import Manifest
 from ..meeting import Meeting
 from ..save_plan import SavePlan
 from ..writer import CodedImage
+from .gradients import GradientNorms
 from .monitor import START, Look, Monitor
 
 __all__ = ["DRIFT_NAME", "Watch"]
@@ -35,13 +37,16 @@ class Watch:
     Args:
         meeting: The ranks.
         timeout_secs: How long ranks wait for each other.
+        has_gradients: Take the norm of every gradient, too.
     """
 
-    def __init__(self, meeting: Meeting, timeout_secs: float) -> None:
+    def __init__(self, meeting: Meeting, timeout_secs: float, *, has_gradients: bool = False) -> None:
         self._meeting = meeting
         self._timeout_secs = timeout_secs
         self._monitor = Monitor()
         self._look: Look | None = None
+        self.gradients = GradientNorms() if has_gradients else None
+        """Told of every optimizer's step; None if nobody asked."""
         self.step: int | None = None
         """Of the newest measurement."""
         self.drifts: Mapping[str, LayerDrift] = {}
@@ -75,13 +80,20 @@ class Watch:
         self._monitor.begin(references)
         self.has_begun = True
 
-    def measure(self, read: Callable[[], LiveLayers], step: int, parent: Manifest | None) -> LiveLayers:
+    def measure(
+        self,
+        read: Callable[[], LiveLayers],
+        step: int,
+        parent: Manifest | None,
+        named: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+    ) -> LiveLayers:
         """Read the state, and how each layer moved since its last save; waits for the other ranks.
 
         Args:
             read: Reads it.
             step: Optimizer steps done.
             parent: The checkpoint before.
+            named: The model's parameters by fqn, for their gradients.
 
         Raises:
             TailorError: What ``read`` raised, on this rank or another.
@@ -91,6 +103,7 @@ class Watch:
         try:
             live = read()
             look = self._monitor.look(live)
+            gradients = {} if self.gradients is None else self.gradients.squares(named())
         except BaseException as err:
             self._meeting.add_up(None, err, self._timeout_secs)
             raise
@@ -100,7 +113,7 @@ class Watch:
             return np.frombuffer(total, dtype=np.float32).reshape(own.shape)
 
         is_alone = self._meeting.ranks is None
-        self.drifts = self._monitor.measure(look, live, steps, None if is_alone else add_up)
+        self.drifts = self._monitor.measure(look, live, steps, gradients, None if is_alone else add_up)
         self.shares = shares_of_progress(self.drifts, live.nbytes)
         self.ages = {name: step - max(steps.get(name, 0), 0) for name in look.layers}
         self.step, self._look, self.has_begun = step, look, True
@@ -124,7 +137,7 @@ class Watch:
         found = {name: each for name, each in found.items() if each[1].size}
         if found:
             metadata = {"steps": json.dumps({name: step for name, (step, _) in found.items()})}
-            tensors = {name: values.astype(np.float32) for name, (_, values) in found.items()}
+            tensors = {name: values for name, (_, values) in found.items()}
             (directory / self._file_name).write_bytes(save(tensors, metadata))
 
     @property
@@ -174,13 +187,13 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _read_references(checkpoint: Path, name: str) -> dict[str, tuple[int, npt.NDArray[np.float64]]]:
+def _read_references(checkpoint: Path, name: str) -> dict[str, tuple[int, npt.NDArray[np.float32]]]:
     """What was kept for layers in codes; nothing if the file is not there or not ours, as in older checkpoints."""
     try:
         data = (checkpoint / name).read_bytes()
         tensors = load(data)
         length = int.from_bytes(data[:8], "little")
         steps = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["steps"])
-        return {layer: (int(steps[layer]), values.astype(np.float64)) for layer, values in tensors.items()}
+        return {layer: (int(steps[layer]), values.astype(np.float32)) for layer, values in tensors.items()}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return {}
