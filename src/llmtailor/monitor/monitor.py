@@ -14,8 +14,8 @@ from ..drift import LayerDrift, LayerSums, to_drift
 from ..live_state import LiveLayers
 from ..manifest import TensorRecord
 from ..writer import LayerImage
-from .picks import LayerPicks, ParameterPicks, pick_entries
-from .reading import Entries, Floats, hyper_parameters, read_entries, sum_up
+from .picks import LayerPicks, pick_entries
+from .reading import Entries, Floats, Hyper, hyper_parameters, read_entries, sum_up
 
 __all__ = ["START", "AddUp", "Look", "Monitor"]
 
@@ -30,16 +30,14 @@ _NONE: Mapping[str, float] = MappingProxyType({})
 class Look:
     """The picked entries at one moment."""
 
-    layers: tuple[str, ...]
-    sets: tuple[tuple[ParameterPicks, ...], ...]
-    """Two for each layer: its weights, its masters."""
-    entries: Entries
-    borders: tuple[int, ...]
-    """Where in the entries each layer begins, and the end."""
+    picks: Mapping[str, LayerPicks]
+    """By layer."""
+    entries: Mapping[str, Entries]
+    """By layer: of its weights, then of its masters."""
 
-    def weights_of(self, number: int) -> Floats:
-        """Of a layer, by its number."""
-        return self.entries.weights[self.borders[number] : self.borders[number + 1]]
+    def weights_of(self, layer: str) -> Floats:
+        """All that was picked of a layer, a copy."""
+        return self.entries[layer].weights.copy()
 
 
 class Monitor:
@@ -58,13 +56,15 @@ class Monitor:
         records = {record.fqn: record for record in live.tensors}
         picks = {layer.name: self._pick(layer.name, layer.fqns, live, records) for layer in live.layers}
         self._known = {name: self._known[name] for name in picks}
-        sets = tuple(each for layer in picks.values() for each in (layer.weights, layer.masters))
-        parameters = [each for one in sets for each in one]
-        sizes = [sum(each.indices.numel() for each in one) for one in sets]
-        borders = np.cumsum([0, *(sizes[n] + sizes[n + 1] for n in range(0, len(sizes), 2))])
         with torch.no_grad():
-            entries = read_entries(parameters)
-        return Look(layers=tuple(picks), sets=sets, entries=entries, borders=tuple(borders.tolist()))
+            together = read_entries([each for layer in picks.values() for each in layer.all])
+        entries: dict[str, Entries] = {}
+        at = first = 0
+        for name, layer in picks.items():
+            end = at + sum(each.indices.numel() for each in layer.all)
+            entries[name] = together.part(slice(at, end), slice(first, first + len(layer.all)))
+            at, first = end, first + len(layer.all)
+        return Look(picks=picks, entries=entries)
 
     def _pick(
         self, name: str, fqns: tuple[str, ...], live: LiveLayers, records: Mapping[str, TensorRecord]
@@ -94,11 +94,13 @@ class Monitor:
             gradients: By fqn: sum of squares of the latest gradient that is here.
             add_up: Called once on each of several ranks; None for one alone.
         """
-        saved = np.concatenate(
-            [np.zeros(0, np.float32), *(self._find(look, n, saved_steps) for n in range(len(look.layers)))]
-        )
-        own = sum_up(look.sets, look.entries, saved, hyper_parameters(live.optimizers), gradients)
-        table = np.array([each.values() for each in own], dtype=np.float64).reshape(len(own), -1)
+        hyper = hyper_parameters(live.optimizers)
+        own = [
+            sums.values()
+            for name, picks in look.picks.items()
+            for sums in _sum_up(picks, look.entries[name], self._find(look, name, saved_steps), hyper, gradients)
+        ]
+        table = np.array(own, dtype=np.float64).reshape(len(own), -1)
         if add_up is not None:
             table = add_up(table.astype(np.float32)).astype(np.float64)
         sums = [LayerSums.of_values(row.tolist()) for row in table]
@@ -106,14 +108,12 @@ class Monitor:
         chosen = [
             masters if masters.trainable else weights for weights, masters in zip(sums[::2], sums[1::2], strict=True)
         ]
-        return {name: to_drift(each) for name, each in zip(look.layers, chosen, strict=True)}
+        return {name: to_drift(each) for name, each in zip(look.picks, chosen, strict=True)}
 
-    def _find(self, look: Look, number: int, saved_steps: Mapping[str, int]) -> Floats:
-        name = look.layers[number]
-        now = look.weights_of(number)
+    def _find(self, look: Look, name: str, saved_steps: Mapping[str, int]) -> Floats:
         known = self._saved.setdefault(saved_steps.get(name, START), {})
-        if name not in known or known[name].shape != now.shape:
-            known[name] = now.copy()
+        if name not in known or known[name].shape != look.entries[name].weights.shape:
+            known[name] = look.weights_of(name)
         return known[name]
 
     def note_save(self, step: int, look: Look, saved_steps: Mapping[str, int]) -> None:
@@ -126,12 +126,12 @@ class Monitor:
                 compared with may be in flight and fail.
         """
         needed: dict[int, dict[str, Floats]] = {}
-        for name in look.layers:
+        for name in look.picks:
             at = saved_steps.get(name, START)
             known = sorted(each for each in self._saved if each <= at and name in self._saved[each])
             for each in known[-2:]:
                 needed.setdefault(each, {})[name] = self._saved[each][name]
-        needed[step] = {name: look.weights_of(number).copy() for number, name in enumerate(look.layers)}
+        needed[step] = {name: look.weights_of(name) for name in look.picks}
         self._saved = needed
 
     def references(self, saved_steps: Mapping[str, int]) -> dict[str, tuple[int, Floats]]:
@@ -148,6 +148,19 @@ class Monitor:
 
 START = -1
 """In place of a step: the state that training began with."""
+
+
+def _sum_up(
+    picks: LayerPicks, entries: Entries, saved: Floats, hyper: Mapping[str, Hyper], gradients: Mapping[str, float]
+) -> tuple[LayerSums, LayerSums]:
+    """Of a layer's weights, and of its masters."""
+    border, number = sum(each.indices.numel() for each in picks.weights), len(picks.weights)
+    weights = entries.part(slice(0, border), slice(0, number))
+    masters = entries.part(slice(border, None), slice(number, None))
+    return (
+        sum_up(picks.weights, weights, saved[:border], hyper, gradients),
+        sum_up(picks.masters, masters, saved[border:], hyper, gradients),
+    )
 
 
 def _is_parameter(record: TensorRecord) -> bool:

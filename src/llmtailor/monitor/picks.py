@@ -51,7 +51,7 @@ class ParameterPicks:
     fqn: str
     is_trainable: bool
     indices: torch.Tensor
-    """int64, ascending, on the device of the weights: into their elements in row-major order."""
+    """Ascending, on the device of the weights: into their elements in row-major order. Of as few bytes as will do."""
     scale: float
     """Entries here for one that was picked."""
     weights: torch.Tensor
@@ -71,6 +71,11 @@ class LayerPicks:
 
     weights: tuple[ParameterPicks, ...] = ()
     masters: tuple[ParameterPicks, ...] = ()
+
+    @property
+    def all(self) -> tuple[ParameterPicks, ...]:
+        """Of the weights, then of the masters."""
+        return self.weights + self.masters
 
 
 def pick_entries(image: LayerImage | None, records: Mapping[str, TensorRecord], num_entries: int) -> LayerPicks:
@@ -119,7 +124,7 @@ def _pick(
     return ParameterPicks(
         fqn=fqn,
         is_trainable=is_trainable,
-        indices=torch.from_numpy(indices).to(weights.device),
+        indices=torch.from_numpy(indices.astype(np.int32) if numel <= 2**31 else indices).to(weights.device),
         scale=numel / len(indices),
         weights=weights,
         first=first,

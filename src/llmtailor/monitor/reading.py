@@ -43,7 +43,7 @@ class Hyper:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
-    """Values of picked entries, parameter by parameter."""
+    """Values of picked entries, parameter by parameter, laid end to end."""
 
     weights: Floats
     first: Floats
@@ -51,6 +51,15 @@ class Entries:
     second: Floats
     steps: Floats
     """Updates so far, one per parameter; NaN if not counted."""
+
+    def part(self, entries: slice, parameters: slice) -> Entries:
+        """Those of some parameters."""
+        return Entries(
+            weights=self.weights[entries],
+            first=self.first[entries],
+            second=self.second[entries],
+            steps=self.steps[parameters],
+        )
 
 
 def hyper_parameters(optimizers: Sequence[OptimizerRecord]) -> dict[str, Hyper]:
@@ -95,31 +104,32 @@ def read_entries(picked: Sequence[ParameterPicks]) -> Entries:
         second=np.zeros(starts[-1], np.float32),
         steps=np.full(len(picked), np.nan, np.float32),
     )
-    _scatter(entries.weights, starts, ((n, torch.take(each.weights, each.indices)) for n, each in enumerate(picked)))
+    indices = [each.indices.long() for each in picked]
+    _scatter(entries.weights, starts, ((n, torch.take(each.weights, indices[n])) for n, each in enumerate(picked)))
     _scatter(
         entries.first,
         starts,
-        ((n, torch.take(each.first, each.indices)) for n, each in enumerate(picked) if each.first is not None),
+        ((n, torch.take(each.first, indices[n])) for n, each in enumerate(picked) if each.first is not None),
     )
     _scatter(
         entries.second,
         starts,
-        ((n, _take_second(each.second, each)) for n, each in enumerate(picked) if each.second is not None),
+        ((n, _take_second(each.second, indices[n])) for n, each in enumerate(picked) if each.second is not None),
     )
     counts = ((n, memory_of(each.step).reshape(1)) for n, each in enumerate(picked) if each.step is not None)
     _scatter(entries.steps, np.arange(len(picked) + 1), counts)
     return entries
 
 
-def _take_second(second: torch.Tensor | Factors, picks: ParameterPicks) -> torch.Tensor:
+def _take_second(second: torch.Tensor | Factors, indices: torch.Tensor) -> torch.Tensor:
     if isinstance(second, torch.Tensor):
-        return torch.take(second, picks.indices)
+        return torch.take(second, indices)
     num_rows, num_columns = second.rows.shape[1], second.columns.shape[1]
-    row = picks.indices // num_columns
+    row = indices // num_columns
     batch = row // num_rows
     of_row, of_column = (
         torch.take(second.rows, row),
-        torch.take(second.columns, batch * num_columns + picks.indices % num_columns),
+        torch.take(second.columns, batch * num_columns + indices % num_columns),
     )
     return of_row * of_column / second.rows.mean(dim=1)[batch].clamp_min(1e-38)
 
@@ -138,36 +148,33 @@ def _scatter(target: Floats, starts: npt.NDArray[np.int64], taken: Iterable[tupl
 
 
 def sum_up(
-    sets: Sequence[Sequence[ParameterPicks]],
+    picked: Sequence[ParameterPicks],
     entries: Entries,
     saved: Floats,
     hyper: Mapping[str, Hyper],
     gradients: Mapping[str, float],
-) -> list[LayerSums]:
-    """The sums of each set of picks.
+) -> LayerSums:
+    """The sums over some parameters of a layer.
 
     Args:
-        sets: Whose parameters, laid end to end, are those of ``entries``.
-        entries: Values now.
-        saved: Weights at the last save of the layer, entry by entry.
+        picked: The parameters.
+        entries: Their values now.
+        saved: Their weights at the last save of the layer, entry by entry.
         hyper: By fqn; a parameter that no optimizer has is left out.
         gradients: By fqn: sum of squares of the gradient that is here.
     """
-    picked = [each for picks in sets for each in picks]
     if not picked:
-        return [LayerSums() for _ in sets]
+        return LayerSums()
     scale = np.array([each.scale for each in picked])
     sizes = np.array([each.indices.numel() for each in picked])
     starts = np.cumsum(sizes) - sizes
+    num_entries = sizes * scale
 
-    def per_parameter(values: _Doubles) -> _Doubles:
-        sums: _Doubles = np.add.reduceat(values, starts) * scale
-        return sums
+    def add_up(values: _Doubles) -> float:
+        return float((np.add.reduceat(values, starts) * scale).sum())
 
-    is_trainable = np.array([each.is_trainable for each in picked], dtype=float)
-    has_first = np.array([each.first is not None for each in picked], dtype=float)
-    gradient = np.array([gradients.get(each.fqn, 0.0) for each in picked])
-    has_second = np.array([each.second is not None for each in picked], dtype=float)
+    trainable = num_entries * np.array([each.is_trainable for each in picked])
+    has_first, has_second = (np.array([getattr(each, name) is not None for each in picked]) for name in _MOMENTS)
     # What a diverged run or one of huge numbers brings is for the caller to judge.
     with np.errstate(all="ignore"):
         weights, first, second, before = (
@@ -176,27 +183,26 @@ def sum_up(
         update, is_known = _updates(picked, first, second, entries.steps, sizes, hyper)
         moved = np.square(weights - before)
         root = np.sqrt(second)
-        columns = {
-            "trainable": sizes * scale * is_trainable,
-            "with_second": sizes * scale * is_trainable * has_second,
-            "with_first": sizes * scale * is_trainable * has_first,
-            "with_update": sizes * scale * is_trainable * is_known,
-            "weights": per_parameter(np.square(weights)),
-            "saved": per_parameter(np.square(before)),
-            "moved": per_parameter(moved),
-            "first": per_parameter(np.square(first)),
-            "update": per_parameter(np.square(update)),
-            "importance": per_parameter(root * moved),
-            "rate": per_parameter(root * np.square(update)),
-            "gradient": gradient,
-            "with_gradient": np.array([float(each.fqn in gradients) for each in picked]),
-        }
-        columns["moved_trainable"] = columns["moved"] * is_trainable
-    ends = np.cumsum([len(picks) for picks in sets])
-    return [
-        LayerSums(**{name: float(values[end - len(picks) : end].sum()) for name, values in columns.items()})
-        for picks, end in zip(sets, ends, strict=True)
-    ]
+        trains = np.repeat(np.array([float(each.is_trainable) for each in picked]), sizes)
+        return LayerSums(
+            trainable=float(trainable.sum()),
+            with_second=float((trainable * has_second).sum()),
+            with_first=float((trainable * has_first).sum()),
+            with_update=float((trainable * is_known).sum()),
+            with_gradient=float(sum(each.fqn in gradients for each in picked)),
+            weights=add_up(np.square(weights)),
+            saved=add_up(np.square(before)),
+            moved=add_up(moved),
+            moved_trainable=add_up(moved * trains),
+            first=add_up(np.square(first)),
+            update=add_up(np.square(update)),
+            gradient=sum(gradients.get(each.fqn, 0.0) for each in picked),
+            importance=add_up(root * moved),
+            rate=add_up(root * np.square(update)),
+        )
+
+
+_MOMENTS = ("first", "second")
 
 
 def _updates(

@@ -70,8 +70,8 @@ class Watch:
         records = {} if parent is None else {record.name: record for record in parent.manifest.layers}
         kept = {} if parent is None else _read_references(parent.path, self._file_name)
         references = {}
-        for number, name in enumerate(look.layers):
-            now, record = look.weights_of(number).copy(), records.get(name)
+        for name in look.picks:
+            now, record = look.weights_of(name), records.get(name)
             step = START if record is None else record.step
             is_coded = record is not None and record.encoding is not None
             known = kept.get(name) if is_coded else None
@@ -115,7 +115,7 @@ class Watch:
         is_alone = self._meeting.ranks is None
         self.drifts = self._monitor.measure(look, live, steps, gradients, None if is_alone else add_up)
         self.shares = shares_of_progress(self.drifts, live.nbytes)
-        self.ages = {name: step - max(steps.get(name, 0), 0) for name in look.layers}
+        self.ages = {name: step - max(steps.get(name, 0), 0) for name in look.picks}
         self.step, self._look, self.has_begun = step, look, True
         return live
 
