@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtailor.errors import FormatError
-from llmtailor.layers import map_names
-from llmtailor.recipe import FlaggedSave, flags_to_layers, read_flags
+from llmtailor.errors import FormatError, InvalidInputError, NotFoundError, UnsupportedError
+from llmtailor.layers import map_module, map_names
+from llmtailor.recipe.flags import FlaggedSave, encode_flags, flags_to_layers, layers_to_flags, read_flags
 from recipe.small_sources import layers_of
+from tiny_models import build_llama
 
 
 def refuse(text: str | bytes) -> str:
@@ -118,3 +120,84 @@ def test_models_that_call_their_layers_otherwise_are_asked() -> None:
     found = flags_to_layers([0, 1, 4, 5], 3, False, layers=layers)
     assert set(found) <= set(layers.names)
     assert [name.rpartition(".")[2] for name in found] == ["final_layer_norm", "0", "embed_out", "embed_in"]
+
+
+SAVES = st.lists(
+    st.tuples(st.integers(0, 10**6), st.lists(st.integers(0, 40), unique=True, max_size=40)),
+    unique_by=lambda save: save[0],
+    max_size=8,
+).map(lambda saves: [FlaggedSave(step=step, units=tuple(units)) for step, units in sorted(saves)])
+
+
+def test_flags_are_written_as_llmtailor_writes_them() -> None:
+    saves = [FlaggedSave(step=160, units=(0, 3, 29)), FlaggedSave(step=161, units=())]
+    assert encode_flags(saves) == b'{"step": 160, "flag": [0, 3, 29]}\n{"step": 161, "flag": []}\n'
+    assert encode_flags([]) == b""
+
+
+@given(SAVES)
+def test_flags_that_are_written_are_read_back(saves: list[FlaggedSave]) -> None:
+    assert read_flags(encode_flags(saves), "x") == tuple(saves)
+
+
+@pytest.mark.parametrize("steps", [(10, 10), (10, 9), (-1,)])
+def test_flags_whose_steps_do_not_rise_are_not_written(steps: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInputError, match="steps have to rise") as caught:
+        encode_flags(FlaggedSave(step=step, units=()) for step in steps)
+    assert (caught.value.kind, caught.value.found) == ("bad-flags", steps[-1])
+
+
+@pytest.mark.parametrize(
+    ("tied", "units"),
+    [
+        (False, {"norm": 0, "layers.0": 1, "layers.2": 3, "lm_head": 4, "embed_tokens": 5}),
+        (True, {"norm": 0, "layers.0": 1, "layers.2": 3, "embed_tokens": 4}),
+    ],
+)
+def test_layers_have_the_numbers_of_llmtailor(tied: bool, units: dict[str, int]) -> None:
+    assert layers_to_flags(units, layers_of(3, tied=tied)) == tuple(units.values())
+
+
+@given(data=st.data(), num_blocks=st.integers(0, 12), tied=st.booleans(), stack=st.sampled_from(["layers", "h"]))
+def test_layers_come_back_from_their_numbers(data: st.DataObject, num_blocks: int, tied: bool, stack: str) -> None:
+    layers = layers_of(num_blocks, tied=tied, stack=stack)
+    names = data.draw(st.lists(st.sampled_from(layers.names), unique=True))
+    units = layers_to_flags(names, layers)
+    assert flags_to_layers(units, num_blocks, tied, layers=layers) == tuple(names)
+    assert sorted(layers_to_flags(layers.names, layers)) == list(range(len(layers)))
+
+
+def test_head_that_shares_the_embedding_is_no_unit_of_a_live_model() -> None:
+    layers = map_module(build_llama(num_layers=2, tied=True))
+    assert layers_to_flags(layers.names, layers) == (3, 1, 2, 0)
+    untied = map_module(build_llama(num_layers=2))
+    assert layers_to_flags(untied.names, untied) == (4, 1, 2, 0, 3)
+
+
+def two_stacks() -> list[str]:
+    encoder = [f"encoder.layer.{index}.attn.q.weight" for index in range(2)]
+    return encoder + [f"decoder.layer.{index}.attn.q.weight" for index in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (two_stacks(), "decoder.layer.0, decoder.layer.1"),
+        ([f"layers.{index}.attn.q.weight" for index in (0, 1, 3)], "layers.3"),
+        (["wte.weight", "wpe.weight", "h.0.attn.q.weight"], "wte, wpe"),
+        (["projector.weight", "layers.0.attn.q.weight", "norm.weight"], "projector"),
+        ([f"{index}.attn.q.weight" for index in range(9)], "0, 1, 2, 3, 4, 5, 6, 7, 8"),
+        ([f"part{index}.weight" for index in range(40)], "part24 and 15 more"),
+    ],
+)
+def test_model_with_layers_that_no_number_stands_for_is_refused(names: list[str], said: str) -> None:
+    layers = map_names(dict.fromkeys(names, (4, 4)))
+    with pytest.raises(UnsupportedError, match=re.escape(said)) as caught:
+        layers_to_flags([], layers)
+    assert caught.value.kind == "no-unit"
+    assert caught.value.layer in layers.names
+
+
+def test_name_that_is_no_layer_is_refused() -> None:
+    with pytest.raises(NotFoundError, match="did you mean"):
+        layers_to_flags(["layers.0", "lm_heads"], layers_of(2))

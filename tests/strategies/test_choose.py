@@ -98,6 +98,7 @@ MIDDLE = range(2, 30)
         (Filter(first=1, last=0, every=2), 4, 2, names(0, 1, 3) | {NORM, EMBEDDING}),
         (Filter(first=0, last=1, every=1), 4, 2, names(0, 2, 3) | {NORM, HEAD}),
         (Filter(first=9, last=9), 4, 1, names(0, 1, 2, 3) | {NORM}),
+        (Filter(first=0, last=5), 4, 1, names(0, 1, 2, 3) | {NORM}),
     ],
 )
 def test_filter_selects_ends_always_and_middle_by_halves(
@@ -140,6 +141,22 @@ def nothing(context: SaveContext) -> list[str]:
 def test_choose_layers_gives_the_first_reason_that_holds(strategy: Strategy, context: SaveContext, reason: str) -> None:
     (choice,) = choose_layers(strategy, context)
     assert choice == Choice(layer=context.layers[0].name, is_saved=reason != "kept", reason=reason)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "context", "expected"),
+    [
+        (Full(), context_of([make_layer(NORM)], saved=None), True),
+        (Full(), context_of([make_layer(NORM)], save_index=0), True),
+        (Full(), context_of([make_layer(NORM)], saved=0), False),
+        (Parity(max_age=10), context_of([make_layer(NORM)]), False),
+        (Parity(max_age=9), context_of([make_layer(NORM)]), True),
+    ],
+)
+def test_layers_never_saved_or_too_old_must_be_written(
+    strategy: Strategy, context: SaveContext, expected: bool
+) -> None:
+    assert strategy.must_write(context.layers[0], context) is expected
 
 
 def test_choose_layers_keeps_order() -> None:

@@ -9,7 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtailor.errors import InvalidInputError
-from llmtailor.strategies import Custom, Filter, Full, Parity, RoundRobin, SaveContext, Strategy, parse_strategy
+from llmtailor.strategies import (
+    Budget,
+    BudgetPerStep,
+    Custom,
+    Drift,
+    Filter,
+    Full,
+    Monitored,
+    Parity,
+    RoundRobin,
+    SaveContext,
+    Strategy,
+    TopK,
+    parse_strategy,
+)
 
 
 def choose_all(context: SaveContext) -> Iterable[str]:
@@ -33,6 +47,17 @@ def choose_all(context: SaveContext) -> Iterable[str]:
         ("round_robin", RoundRobin(n=10)),
         ("round_robin(4)", RoundRobin(n=4)),
         ("round_robin(n=4, max_age=9)", RoundRobin(n=4, max_age=9)),
+        ("top_k(4)", TopK(4)),
+        ("top_k(k=4, by='age', auxiliary=False)", TopK(4, by="age", auxiliary=False)),
+        ("drift(0.02)", Drift(0.02)),
+        ("drift(2e-2, first=0)", Drift(0.02, first=0)),
+        ("budget(0.3)", Budget(0.3)),
+        ("budget(300)", Budget(300)),
+        ('budget("20GB", by="drift")', Budget("20GB", by="drift")),
+        ("budget('1.5 GiB', last=2, max_age=9)", Budget("1.5 GiB", last=2, max_age=9)),
+        ('budget_per_step("50MB")', BudgetPerStep("50MB")),
+        ("monitored(0.01)", Monitored(0.01, end=1e-5, decay=100)),
+        ("monitored(start=1, end=0.5, decay=7)", Monitored(1, end=0.5, decay=7)),
     ],
 )
 def test_parse_strategy_reads_names_and_calls(text: str, strategy: Strategy) -> None:
@@ -49,6 +74,20 @@ def test_parse_strategy_reads_names_and_calls(text: str, strategy: Strategy) -> 
         (Filter(every=3, max_age=7), "filter(first=2, last=2, every=3, max_age=7)"),
         (RoundRobin(), "round_robin(n=10)"),
         (RoundRobin(3, max_age=7), "round_robin(n=3, max_age=7)"),
+        (TopK(4), 'top_k(k=4, by="importance", first=1, last=1, auxiliary=True, max_age=1000)'),
+        (Drift(0.02, first=0), "drift(threshold=0.02, first=0, last=1, auxiliary=True, max_age=1000)"),
+        (
+            Budget("20GB", by="age"),
+            'budget(limit="20GB", by="age", first=1, last=1, auxiliary=True, max_age=1000)',
+        ),
+        (
+            BudgetPerStep(50, auxiliary=False),
+            'budget_per_step(rate=50, by="importance", first=1, last=1, auxiliary=False, max_age=1000)',
+        ),
+        (
+            Monitored(0.01, max_age=7),
+            "monitored(start=0.01, end=1e-05, decay=100, first=1, last=1, auxiliary=True, max_age=7)",
+        ),
         (Custom(choose_all, max_age=50), "custom(choose_all, max_age=50)"),
     ],
 )
@@ -92,7 +131,13 @@ def test_parse_strategy_makes_functions_custom() -> None:
         ("parity" + " " * 10_000, "strategy-syntax", "10006 characters"),
         ("pairity", "unknown-strategy", r"did you mean parity\?"),
         ("Filter(2)", "unknown-strategy", r"did you mean filter\?"),
-        ("drift(3)", "unknown-strategy", "filter, full, parity, round_robin"),
+        (
+            "sometimes(3)",
+            "unknown-strategy",
+            "budget, budget_per_step, drift, filter, full, monitored, parity, round_robin, top_k",
+        ),
+        ("top-k(3)", "strategy-syntax", r"did you mean top_k\?"),
+        ("topk(3)", "unknown-strategy", r"did you mean top_k\?"),
         ("Round_Robin(3)", "unknown-strategy", r"did you mean round_robin\?"),
         ("roundrobin", "unknown-strategy", r"did you mean round_robin\?"),
         ("round-robin", "strategy-syntax", r"did you mean round_robin\?"),
@@ -118,6 +163,30 @@ def test_parse_strategy_makes_functions_custom() -> None:
         ("round_robin(k=3)", "unknown-argument", "n, max_age"),
         ("round_robin(0)", "argument-range", "at least 1"),
         ("round_robin(max_age=0)", "argument-range", "max_age"),
+        ("top_k", "argument-missing", "needs an argument: k"),
+        (
+            "budget(by='age')",
+            "argument-missing",
+            r"needs an argument: limit\n  expected  limit, first(.*\n)*.*write budget\(limit=\.\.\.\)",
+        ),
+        ("monitored(end=1)", "argument-missing", "start"),
+        ("budget(0.5, 'age')", "unknown-argument", "takes 1 arguments"),
+        ("budget(0.5, bye='age')", "unknown-argument", r"did you mean by\?"),
+        ("budget(0.5, by=age)", "argument-type", 'text goes in quotes: by="age"'),
+        ("budget(20GB)", "strategy-syntax", r'a size goes in quotes, as in budget\("20GB"\)'),
+        ("budget(b'20GB')", "argument-type", "b'20GB'"),
+        ("budget(f'{1}GB')", "argument-type", "a number, quoted text, True or False"),
+        ("budget(-0.5)", "argument-range", "-0.5"),
+        ("budget(True)", "argument-type", "True"),
+        ("budget(-True)", "argument-type", "-True"),
+        ("budget(1j)", "argument-type", "1j"),
+        ("drift(-1)", "argument-range", "-1"),
+        ("drift(1e999)", "argument-range", "inf"),
+        ("drift(threshold=[1])", "argument-type", r"\[1\]"),
+        ("drift(-'a')", "argument-type", "-'a'"),
+        ("drift(0.1, auxiliary=no)", "argument-type", "quotes"),
+        ("drift(0.1, auxiliary=0)", "argument-type", "True or False"),
+        ("top_k(4, by='drfit')", "argument-range", 'did you mean by="drift"'),
     ],
 )
 def test_parse_strategy_refuses(text: str, kind: str, said: str) -> None:
@@ -136,20 +205,46 @@ def test_parse_strategy_refuses_other_things(value: object, said: str) -> None:
 
 
 MAX_AGE = st.none() | st.integers(1)
+POSITIVE = st.floats(0, exclude_min=True, allow_infinity=False) | st.integers(1, 10**9)
+NBYTES = st.integers(1) | st.from_regex(r"[1-9][0-9]{0,8}(\.[0-9]{1,3})? ?([kMGT]|[KMGT]i)?B", fullmatch=True)
+COMMON = {
+    "first": st.integers(0),
+    "last": st.integers(0),
+    "auxiliary": st.booleans(),
+    "max_age": st.integers(1),
+}
+RANKING = COMMON | {"by": st.sampled_from(["importance", "drift", "age"])}
 STRATEGIES = st.one_of(
     st.just(Full()),
     st.builds(Parity, max_age=MAX_AGE),
     st.builds(Filter, st.integers(0), st.integers(0), st.integers(1), max_age=MAX_AGE),
     st.builds(RoundRobin, st.integers(1), max_age=MAX_AGE),
+    st.builds(TopK, st.integers(1), **RANKING),
+    st.builds(Drift, POSITIVE, **COMMON),
+    st.builds(Budget, NBYTES | st.floats(0, 1, exclude_min=True), **RANKING),
+    st.builds(BudgetPerStep, NBYTES, **RANKING),
+    st.tuples(POSITIVE, POSITIVE).flatmap(
+        lambda ends: st.builds(Monitored, st.just(max(ends)), end=st.just(min(ends)), decay=POSITIVE, **COMMON)
+    ),
 )
 
 
 @given(STRATEGIES)
 def test_parse_strategy_reads_back_text(strategy: Strategy) -> None:
-    assert parse_strategy(strategy.text) == strategy
+    read = parse_strategy(strategy.text)
+    assert read == strategy
+    assert read.text == strategy.text
 
 
-@given(st.text(max_size=40) | st.text("filterparity_robin(),=12 -'first", max_size=30))
+@given(
+    st.text(max_size=40)
+    | st.text("filterparity_robin(),=12 -'first", max_size=30)
+    | st.builds(
+        "{}({})".format,
+        st.sampled_from(["top_k", "drift", "budget", "budget_per_step", "monitored"]),
+        st.text("0123456789.e-+,='\"kMGiBTrue ", max_size=12),
+    )
+)
 def test_parse_strategy_raises_nothing_else(text: str) -> None:
     try:
         strategy = parse_strategy(text)

@@ -2,22 +2,23 @@
 
     {"step": 160, "flag": [0, 3, 29]}
 
-One object per line; ``units`` says what the numbers mean.
+One object per line; ``units`` says what the numbers mean. Read, and written for tools that read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError
+from ..errors import FormatError, InvalidInputError, UnsupportedError
 from ..layers import Layer, LayerKind, LayerMap
 from ..strict_json import parse_object
 from .units import Role, find_role, role_of_unit
 
-__all__ = ["FlaggedSave", "flags_to_layers", "read_flags"]
+__all__ = ["FlaggedSave", "encode_flags", "flags_to_layers", "layers_to_flags", "read_flags"]
 
 _FORM = '{"step": 160, "flag": [0, 3, 29]}'
 _KEYS = {"step", "flag"}
@@ -135,6 +136,71 @@ def flags_to_layers(
             hint="give the number of blocks and whether head and embedding are tied as the run had them",
         )
     return tuple(name for name in found if name is not None)
+
+
+def encode_flags(saves: Iterable[FlaggedSave]) -> bytes:
+    """A ``flags.jsonl``, which ``read_flags`` reads back.
+
+    Args:
+        saves: By rising step; ``layers_to_flags`` gives their units.
+
+    Raises:
+        InvalidInputError: Kind ``bad-flags``: a step that is not higher than the one before.
+    """
+    lines: list[str] = []
+    last = -1
+    for save in saves:
+        if save.step <= last:
+            raise InvalidInputError(
+                "cannot write the flags: steps have to rise",
+                kind="bad-flags",
+                expected=f"a step above {last}",
+                found=save.step,
+                hint="of a run that was resumed, give the saves of the checkpoints that exist",
+            )
+        last = save.step
+        lines.append(json.dumps({"step": save.step, "flag": list(save.units)}) + "\n")
+    return "".join(lines).encode()
+
+
+def layers_to_flags(names: Iterable[str], layers: LayerMap) -> tuple[int, ...]:
+    """The numbers that stand for layers, in the order given; inverse of ``flags_to_layers``.
+
+    The numbers are those of a tied model if ``layers`` has no head, as is so where the head shares the embedding's
+    weights.
+
+    Args:
+        names: Layers of the model.
+        layers: The whole model.
+
+    Raises:
+        UnsupportedError: Kind ``no-unit``: the model has layers that no number stands for; names them.
+        NotFoundError: Kind ``unknown-layer``: a name that is no layer.
+    """
+    units = _units_of(layers)
+    unnumbered = [name for name in layers.names if name not in units]
+    if unnumbered:
+        more = f" and {len(unnumbered) - _MAX_SHOWN} more" if unnumbered[_MAX_SHOWN:] else ""
+        raise UnsupportedError(
+            "cannot write the flags: no number stands for some layers of this model",
+            kind="no-unit",
+            layer=unnumbered[0],
+            expected="one stack of blocks from 0, one final norm, one embedding, at most one head",
+            found=f"also {', '.join(unnumbered[:_MAX_SHOWN])}{more}",
+            hint="name layers in a recipe instead, which can say of any layer where it comes from",
+        )
+    return tuple(units[layers[name].name] for name in names)
+
+
+def _units_of(layers: LayerMap) -> dict[str, int]:
+    """Layer -> its number, of those that have one."""
+    num_blocks, stack, names = len(layers.blocks), _stack_in(layers), _names_in(layers)
+    numbers = {f"{stack}.{index}": index + 1 for index in range(num_blocks)}
+    for unit in (0, num_blocks + 1, num_blocks + 2):
+        role = role_of_unit(unit, num_blocks, is_tied=Role.HEAD not in names)
+        if role in names:
+            numbers[names[role]] = unit
+    return {name: numbers[name] for name in layers.names if name in numbers}
 
 
 def _unit_name(unit: int, num_blocks: int, tied: bool, names: dict[Role, str], stack: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
+import sys
 from collections.abc import Collection
 
 from ..errors import InvalidInputError
@@ -44,7 +44,7 @@ def check_positive(strategy: str, argument: str, value: object, *, example: floa
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         what, kind = f"argument {argument!r} of strategy {strategy!r} is not a number", "argument-type"
-    elif not 0 < value < math.inf:
+    elif not 0 < value <= sys.float_info.max:
         what, kind = f"argument {argument!r} of strategy {strategy!r} makes no sense", "argument-range"
     else:
         return
