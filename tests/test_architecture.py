@@ -63,6 +63,7 @@ LEVELS = {
     "checkpointer": 5,
     "diff": 5,
     "drift_log": 5,
+    "flag_log": 5,
     "engine_options": 5,
     "inventory": 5,
     "layer_opening": 5,

@@ -18,10 +18,25 @@ STRATEGIES = {
     "top_drift": "",
     "top_adam": "",
     "round_robin": "round_robin(20)",
+    "round_robin_10": "round_robin(10)",
+    "top_k": "top_k(2)",
+    "budget": "budget(0.5)",
+    "budget_per_step": "budget_per_step(3128486)",
+    "drift": "",
+    "monitored": "",
 }
-"""Name -> text for ``Run``; empty for those of ``selection``."""
+"""Name -> text for ``Run``; empty for those of ``selection``, and for those that are set for each regime."""
 
-_CYCLES = {"parity": 2, "filter": 5, "round_robin": 20}
+_OF_REGIME = {
+    ("drift", "P"): "drift(0.048, first=0, last=0, auxiliary=False)",
+    ("drift", "F"): "drift(0.0075, first=0, last=0, auxiliary=False)",
+    ("monitored", "P"): "monitored(0.02, end=0.0024, decay=30, first=0, last=0, auxiliary=False)",
+    ("monitored", "F"): "monitored(0.002, end=0.00042, decay=30, first=0, last=0, auxiliary=False)",
+}
+"""Thresholds with which seed 0 writes about as many bytes as ``full`` every 20 steps. They were found by trying, with
+the whole run known: no user can."""
+
+_CYCLES = {"parity": 2, "filter": 5, "round_robin": 20, "round_robin_10": 10}
 """Saves after which a strategy writes the same share again."""
 _SHORTER = {
     ("parity", SKIP): 0.5,
@@ -30,6 +45,12 @@ _SHORTER = {
     ("filter", SKIP): 0.25,
     ("round_robin", "q8"): 0.3,
     ("round_robin", "q4"): 0.2,
+    ("round_robin_10", SKIP): 0.1,
+    ("top_k", SKIP): 0.5,
+    ("budget", SKIP): 0.5,
+    ("budget_per_step", SKIP): 0.45,
+    ("drift", SKIP): 0.25,
+    ("monitored", SKIP): 0.25,
 }
 """Share of the interval of ``full`` at which these write as many bytes per step, or a little less; what they wrote is
 measured."""
@@ -64,6 +85,11 @@ class Configuration:
     def cycle(self) -> int:
         """Bytes are averaged over a multiple of so many saves."""
         return _CYCLES.get(self.strategy, 1)
+
+
+def strategy_text(strategy: str, regime: Regime) -> str:
+    """What ``Run`` is told; empty for strategies of ``selection``, and for references."""
+    return _OF_REGIME.get((strategy, regime.name)) or STRATEGIES.get(strategy, "")
 
 
 REFERENCE = Configuration(strategy="reference", interval=0, failures=0)

@@ -19,8 +19,21 @@ _COLORS = {
     "top_drift": "#b3261e",
     "top_adam": "#d68fb0",
     "round_robin": "#2a9d8f",
+    "round_robin_10": "#8ab17d",
+    "top_k": "#3a86ff",
+    "budget": "#023e8a",
+    "budget_per_step": "#00b4d8",
+    "drift": "#6d6875",
+    "monitored": "#b5838d",
 }
-_LABELS = {"top_drift": "half, by drift", "top_adam": "half, by Adam's weight", "round_robin": "round robin of 20"}
+_LABELS = {
+    "top_drift": "half, by drift",
+    "top_adam": "half, by Adam's weight",
+    "round_robin": "round robin of 20",
+    "round_robin_10": "round robin of 10",
+    "drift": "drift threshold",
+    "monitored": "monitored threshold",
+}
 _MARKERS = {"skip": "o", "q8": "s", "q4": "D", "compact": "^", "compact4": "v"}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from configurations import STRATEGIES, Configuration, plan_saves
+from configurations import Configuration, plan_saves, strategy_text
 from corpus import Corpus
 from settings import Regime, Settings
 
@@ -38,7 +38,7 @@ def describe_work(
         "base": asdict(settings.base) if regime.from_base else None,
         "seed": seed,
         "configuration": asdict(configuration),
-        "strategy_text": STRATEGIES.get(configuration.strategy, ""),
+        "strategy_text": strategy_text(configuration.strategy, regime),
         "first_save": plan_saves(configuration, regime, seed)[0] if configuration.is_saved else None,
         "corpus_digest": corpus.digest,
         "torch": torch.__version__,

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from configurations import SKIP, STRATEGIES, Configuration
+from configurations import SKIP, Configuration, strategy_text
 from selection import TopLayers
 from training import Training
 
@@ -73,7 +73,7 @@ def make_strategy(configuration: Configuration, training: Training) -> str | Top
         return TopLayers(training.model, training.optimizer, score="drift")
     if configuration.strategy == "top_adam":
         return TopLayers(training.model, training.optimizer, score="adam")
-    return STRATEGIES[configuration.strategy]
+    return strategy_text(configuration.strategy, training.regime)
 
 
 def open_run(directory: Path, training: Training, **options: Any) -> llmtailor.Run:

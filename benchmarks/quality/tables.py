@@ -14,6 +14,12 @@ _STRATEGIES = {
     "top_drift": "half, by drift",
     "top_adam": "half, by Adam's weight",
     "round_robin": "`round_robin(20)`",
+    "round_robin_10": "`round_robin(10)`",
+    "top_k": "`top_k(2)`",
+    "budget": "`budget(0.5)`",
+    "budget_per_step": "`budget_per_step`",
+    "drift": "`drift`, a threshold",
+    "monitored": "`monitored`, a threshold",
 }
 
 

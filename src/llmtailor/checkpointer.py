@@ -28,6 +28,7 @@ from .drift import LayerDrift
 from .drift_log import log_measurement
 from .engine_options import DEFAULT_COMMIT_TIMEOUT_SECS, EngineOptions, check_options
 from .errors import InvalidInputError, SaveFailedWarning, StrategyIgnoredWarning, WriteError
+from .flag_log import log_flags_and
 from .interval import parse_interval
 from .lineage import Lineage
 from .live_state import LiveLayers, LiveReader
@@ -43,7 +44,7 @@ from .resume import Fill, ResumeLimits, find_resumable, load_resumable
 from .save_outcomes import SOFT_ERRORS, SaveOutcomes, translate_small_file_errors
 from .save_plan import Contents, SavePlan, encode_index, layer_statuses, plan_save
 from .storage import LocalFileSystem, StagedCheckpoint, StagingSeat
-from .strategies import Full, SaveContext, Strategy, parse_strategy
+from .strategies import Full, Monitored, SaveContext, Strategy, parse_strategy
 from .tiers import Tiers
 from .writer import CodedImage, Engine, SaveHandle, admit, code_layer
 
@@ -135,6 +136,8 @@ class Checkpointer:
         except BaseException:
             self._tiers.close()
             raise
+        if isinstance(self._strategy, Monitored):
+            on_published = log_flags_and(on_published, self._tiers)
         self._lineage = Lineage(self._tiers, session, seat, on_published=None if seat.rank else on_published)
         timeout_secs = options.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
         is_watched = options.get("monitor", False) or self._strategy.needs_drift

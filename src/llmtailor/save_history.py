@@ -14,7 +14,7 @@ from .catalog import Catalog
 from .errors import InvalidInputError, NotFoundError
 from .formats import open_catalog
 from .formats.tailored import read_manifest
-from .layers import LayerMap, map_names
+from .layers import LayerKind, LayerMap, map_names
 from .recipe import SavedLayers, compose_recipe, flags_to_layers, read_flags
 from .storage import CheckpointEntry, list_checkpoints
 
@@ -78,11 +78,12 @@ def recipe_of_flags(run: Path, log: Path, step: int | None, *, default: Path | N
         )
     first = next(iter(entries.values())).path if default is None else default
     whole = _open_part(first).layers
+    is_tied = not any(layer.kind is LayerKind.HEAD for layer in whole)
     saved = [
         SavedLayers(
             path=str(entries[save.step].path),
             step=save.step,
-            layers=flags_to_layers(save.units, len(whole.blocks), "lm_head" not in whole.names, layers=whole),
+            layers=flags_to_layers(save.units, len(whole.blocks), is_tied, layers=whole),
         )
         for save in flagged
     ]

@@ -14,9 +14,10 @@ import llmtailor
 from llmtailor.checkpoint import open_checkpoint
 from llmtailor.cli.main import app
 from llmtailor.drift_log import read_measurements
-from llmtailor.errors import IncompleteError, InvalidInputError, StaleWarning
+from llmtailor.errors import IncompleteError, InvalidInputError, SaveFailedWarning, StaleWarning
 from llmtailor.integrations.transformers import tailor
 from llmtailor.monitor import DRIFT_NAME
+from llmtailor.recipe import flags_to_layers, read_flags
 from llmtailor.strategies import SaveContext
 from tiny_models import VOCABULARY, build_llama, build_trainer
 
@@ -166,6 +167,31 @@ def test_the_interval_follows_the_cost(tmp_path: Path) -> None:
     assert first == 20
     assert later
     assert len(later) < 40
+
+
+@pytest.mark.filterwarnings("ignore::llmtailor.errors.SupersededWarning")
+def test_the_monitored_policy_writes_the_log_of_the_original(tmp_path: Path) -> None:
+    Loop(tmp_path, strategy="monitored(0.1, first=0, last=0)").train(6).close()
+    saves = read_flags((tmp_path / "flags.jsonl").read_bytes(), tmp_path)
+    assert [save.step for save in saves] == [2, 4, 6]
+    assert saves[0].units == (6, 1, 2, 3, 4, 0, 5)  # the first save writes all: embedding, blocks, norm, head
+    for save in saves:
+        manifest = open_checkpoint(tmp_path / f"checkpoint-{save.step}").manifest
+        written = {layer.name for layer in manifest.layers if layer.step == save.step}
+        assert set(flags_to_layers(save.units, 4, False)) == written
+    Loop(tmp_path, strategy="monitored(0.1)", resume={"checkpoint": tmp_path / "checkpoint-4"}).train(6).close()
+    again = read_flags((tmp_path / "flags.jsonl").read_bytes(), tmp_path)
+    assert [save.step for save in again] == [2, 4, 6]  # the line of the branch that was left is gone
+
+
+def test_a_log_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "flags.jsonl").write_text("mine\n")
+    loop = Loop(tmp_path, strategy="monitored(0.1)").train(2)
+    loop.run._checkpointer.drain()
+    with pytest.warns(SaveFailedWarning, match="flags.jsonl was not written"):
+        loop.close()
+    assert (tmp_path / "flags.jsonl").read_text() == "mine\n"
+    assert open_checkpoint(tmp_path / "checkpoint-2").manifest.step == 2
 
 
 def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ is a ``Resolution``. A recipe is not trusted: see ``yaml_text``.
 from __future__ import annotations
 
 from .compose import SavedLayers, choose_newest, compose_recipe
-from .flags import FlaggedSave, flags_to_layers, read_flags
+from .flags import FlaggedSave, encode_flags, flags_to_layers, layers_to_flags, read_flags
 from .parsing import parse_recipe
 from .records import (
     LayerChoice,
@@ -49,7 +49,9 @@ __all__ = [
     "WeightSource",
     "choose_newest",
     "compose_recipe",
+    "encode_flags",
     "flags_to_layers",
+    "layers_to_flags",
     "parse_recipe",
     "read_flags",
     "resolve",

@@ -13,7 +13,7 @@ from .parts import (
     read_notes,
 )
 from .planning import plan_tailored
-from .reading import open_tailored, read_manifest
+from .reading import layers_of, open_tailored, read_manifest
 from .shards import encode_shards
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "encode_shards",
     "join_files",
     "join_notes",
+    "layers_of",
     "open_layer_file",
     "open_tailored",
     "plan_tailored",

@@ -32,7 +32,7 @@ from .parts import (
     read_notes,
 )
 
-__all__ = ["open_tailored", "read_manifest"]
+__all__ = ["layers_of", "open_tailored", "read_manifest"]
 
 # A manifest has some 200 bytes a tensor; this is a million tensors.
 _MAX_MANIFEST_NBYTES = 256 * 2**20
@@ -98,11 +98,7 @@ def open_tailored(path: Path) -> Catalog:
     """
     root = path.resolve()
     manifest, _ = read_manifest(path)
-    held: dict[str, list[TensorRecord]] = defaultdict(list)
-    for tensor in manifest.tensors:
-        if tensor.tied_to is None:
-            held[tensor.layer].append(tensor)
-    files = _LayerFiles(root, manifest, held)
+    files = _LayerFiles(root, manifest, _tensors_by_layer(manifest))
     order = {tensor.fqn: tensor.layer for tensor in manifest.tensors if tensor.tied_to is None}
     return Catalog(
         path=path,
@@ -129,7 +125,7 @@ def open_tailored(path: Path) -> Catalog:
             for file in (layer.weights, layer.optimizer)
             if file is not None
         },
-        cut=_layer_map(manifest, held),
+        cut=layers_of(manifest),
         files=tuple(_small_file(root, file) for file in manifest.files if file.path != INDEX_NAME),
         native=manifest,
     )
@@ -163,7 +159,18 @@ class _ByLayer(Mapping[str, _Value]):
         return sum(1 for _ in self)
 
 
-def _layer_map(manifest: Manifest, held: Mapping[str, Sequence[TensorRecord]]) -> LayerMap:
+def _tensors_by_layer(manifest: Manifest) -> Mapping[str, Sequence[TensorRecord]]:
+    """Layer -> the tensors that its files hold."""
+    held: dict[str, list[TensorRecord]] = defaultdict(list)
+    for tensor in manifest.tensors:
+        if tensor.tied_to is None:
+            held[tensor.layer].append(tensor)
+    return held
+
+
+def layers_of(manifest: Manifest) -> LayerMap:
+    """The layers of a checkpoint, with the names of their tensors; opens no file."""
+    held = _tensors_by_layer(manifest)
     layers = tuple(
         Layer(
             name=layer.name,
