@@ -14,6 +14,7 @@ _CODES_TABLE = re.compile(r"\| every save writes.*?(?=\n\n)", re.DOTALL)
 _BYTES_TABLE = re.compile(r"\| bytes a parameter.*?(?=\n\n)", re.DOTALL)
 _SAVE_TABLE = re.compile(r"\| a save of a Llama.*?(?=\n\n)", re.DOTALL)
 _RANKS_TABLE = re.compile(r"\| ranks, layers.*?(?=\n\n)", re.DOTALL)
+_MONITOR_TABLE = re.compile(r"\| optimizer \| error.*?(?=\n\n)", re.DOTALL)
 _FORMATS = {
     "tailored": "LLMTailor",
     "hf": "HF Trainer",
@@ -191,6 +192,43 @@ def make_ranks_table() -> str:
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
 
 
+def make_monitor_table() -> str:
+    """The table of what measuring layers is worth and costs, as it has to stand in docs/monitor.md."""
+    rows = [
+        (
+            "optimizer",
+            "error after 40 steps: median",
+            "5 % to 95 %",
+            "worst layer",
+            "a measurement",
+            "of a step of 1024 tokens",
+            "of the time, a save every 20 steps of 64 tokens",
+            "kept",
+            "meanwhile",
+        )
+    ]
+    rows.append(("---",) * 9)
+    found = _read("monitor")["rows"]
+    for name in ("AdamW", "SGD with momentum", "Adafactor"):
+        row = found[name]
+        error = row["error_after_40_percent"]
+        low, high = error["5 % to 95 %"]
+        rows.append(
+            (
+                name,
+                f"{error['median']:+.1f} %",
+                f"{low:+.1f} to {high:+.1f} %",
+                f"{error['worst']:+.1f} %",
+                f"{row['measure_ms_median']:.0f} ms",
+                f"{row['share_of_a_step_of_1024_tokens_percent']:.2f} %",
+                f"{row['share_of_the_time_at_a_save_every_20_steps_percent']:.2f} %",
+                f"{row['kept_kb'] / 1e3:.1f} MB, {row['kept_share_of_memory_percent']:.2f} %",
+                f"{row['meanwhile_kb'] / 1e3:.1f} MB, {row['meanwhile_share_of_memory_percent']:.2f} %",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _format_lost(regime: dict[str, Any]) -> str:
     if regime["is_identical"]:
         return "0, bit for bit"
@@ -221,6 +259,10 @@ def main() -> None:
     text = page.read_text(encoding="utf-8")
     assert _RANKS_TABLE.search(text), "docs/frameworks/index.md has no table of ranks to replace"
     page.write_text(_RANKS_TABLE.sub(make_ranks_table(), text), encoding="utf-8")
+    page = ROOT / "docs" / "monitor.md"
+    text = page.read_text(encoding="utf-8")
+    assert _MONITOR_TABLE.search(text), "docs/monitor.md has no table of the monitor to replace"
+    page.write_text(_MONITOR_TABLE.sub(make_monitor_table(), text), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -214,6 +214,10 @@ class RecordingFileSystem(FaultyFileSystem):
         self._change((source, None), (target, self._find(source)))
         self._moved = target
 
+    def _note_exchange(self, one: Path, other: Path, _: None) -> None:
+        self._change((one, self._find(other)), (other, self._find(one)))
+        self._moved = other
+
     def _note_remove_file(self, path: Path, _: None) -> None:
         self._change((path, None))
 

@@ -23,3 +23,5 @@ def test_readme_table_is_made_from_the_results() -> None:
     assert module.make_bytes_table() in page, "run benchmarks/readme_table.py"
     page = (ROOT / "docs/frameworks/index.md").read_text(encoding="utf-8")
     assert module.make_ranks_table() in page, "run benchmarks/readme_table.py"
+    page = (ROOT / "docs/monitor.md").read_text(encoding="utf-8")
+    assert module.make_monitor_table() in page, "run benchmarks/readme_table.py"

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from llmtailor import Run
+from llmtailor.checkpoint import open_checkpoint
 from llmtailor.errors import InvalidInputError, SaveFailedWarning, SupersededWarning, WriteError
-from llmtailor.storage import LocalFileSystem, list_checkpoints
+from llmtailor.retention import Keep
+from llmtailor.storage import PINS_NAME, LocalFileSystem, add_pin, list_checkpoints
 from llmtailor.verify import verify_checkpoint
 from llmtailor.writer import SaveState
 from tiny_models import assert_same, build_llama, snapshot_model, snapshot_optimizer, token_rows
@@ -158,9 +160,89 @@ def test_checkpoint_on_its_way_to_the_mirror_is_not_removed(
     assert all(verify_checkpoint(mirror / f"checkpoint-{step}").is_good for step in steps(mirror))
 
 
+def contents(directory: Path) -> dict[int, str]:
+    return {entry.step: open_checkpoint(entry.path).manifest.contents for entry in list_checkpoints(directory)}
+
+
+def test_rules_of_the_run_are_applied_after_each_publish(places: tuple[Path, Path]) -> None:
+    local, mirror = places
+    loop = Loop(local, mirror, durable="mirror", keep="last=2, every=4, optimizer=1, consistent=no", mirror_keep=3)
+    for step in range(1, 8):
+        published = loop.train_to(step).result()
+        assert open_checkpoint(published).manifest.contents == "full"
+    loop.run.close()
+    assert contents(local) == {4: "weights", 6: "weights", 7: "full"}
+    assert contents(mirror) == {5: "full", 6: "full", 7: "full"}
+
+
+def test_optimizer_state_goes_while_other_saves_are_in_flight(places: tuple[Path, Path]) -> None:
+    local, mirror = places
+    keep = Keep(optimizer=1, consistent=False)
+    loop = Loop(local, mirror, strategy="parity", max_in_flight=3, pool_nbytes=2**17, keep=keep)
+    for step in range(1, 13):
+        loop.train_to(step)
+    loop.run.close()
+    assert steps(local) == list(range(1, 13))
+    found = [contents(local)[step] for step in steps(local)]
+    assert found[-1] == "full"
+    assert found.count("weights") >= 6
+    assert all(verify_checkpoint(local / f"checkpoint-{step}").is_good for step in steps(local))
+    assert set(contents(mirror).values()) == {"full"}
+    expected = loop.state()
+    resumed = Loop(local, mirror, strategy="full")
+    assert resumed.run.resume() == 12
+    resumed.run.close()
+    assert resumed.state().keys() == expected.keys()
+
+
+def test_the_mirror_has_the_state_that_the_first_directory_gave_up(places: tuple[Path, Path]) -> None:
+    local, mirror = places
+    loop = Loop(local, mirror, durable="mirror", keep=Keep(optimizer=1, consistent=False))
+    expected = {}
+    for step in (1, 2, 3, 4):
+        loop.train_to(step).result()
+        expected[step] = loop.state()
+    loop.run.close()
+    assert contents(local)[2] == "weights"
+    for place in places:
+        for step in (3, 4):
+            shutil.rmtree(place / f"checkpoint-{step}")
+    resumed = Loop(local, mirror)
+    assert resumed.run.resume() == 2
+    assert_same(resumed.state(), expected[2])
+    resumed.run.close()
+
+
+def test_pins_are_read_at_each_publish(places: tuple[Path, Path]) -> None:
+    local, mirror = places
+    loop = Loop(local, mirror, durable="mirror", keep=1, mirror_keep=1)
+    for step in (1, 2, 3, 4):
+        loop.train_to(step).result()
+        if step == 1:
+            add_pin(local, 1)
+    add_pin(local, 9)
+    loop.run.close()
+    assert (steps(local)[0], steps(local)[-1], steps(mirror)) == (1, 4, [4])
+
+
+def test_pin_that_cannot_be_read_is_told_and_nothing_is_removed(places: tuple[Path, Path]) -> None:
+    local, mirror = places
+    loop = Loop(local, mirror, keep=1)
+    loop.train_to(1).result()
+    (local / PINS_NAME).mkdir()
+    (local / PINS_NAME / "best").touch()
+    loop.train_to(2).result()
+    with pytest.warns(SaveFailedWarning, match="cannot tell which checkpoint is pinned"):
+        loop.run.close()
+    assert steps(local) == [1, 2]
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"keep": "lats=3"},
+        {"keep": "3, every=1000"},
+        {"keep": 2.5},
         {"capture": "eager"},
         {"max_in_flight": 0},
         {"when_busy": "drop"},

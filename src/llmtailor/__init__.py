@@ -16,20 +16,34 @@ from .errors import TailorError
 
 if TYPE_CHECKING:
     from .checkpoint import open_checkpoint as open_checkpoint
+    from .diff import diff_checkpoints as diff_checkpoints
     from .integrations.torch_loop import Run as Run
     from .interval import Interval as Interval
     from .merging import export as export
     from .merging import merge as merge
+    from .retention import Keep as Keep
     from .verify import verify_checkpoint as verify_checkpoint
 
 __version__ = "0.1.0"
 
-__all__ = ["Interval", "Run", "TailorError", "export", "merge", "open_checkpoint", "verify_checkpoint"]
+__all__ = [
+    "Interval",
+    "Keep",
+    "Run",
+    "TailorError",
+    "diff_checkpoints",
+    "export",
+    "merge",
+    "open_checkpoint",
+    "verify_checkpoint",
+]
 
 # Public name -> the module that has it. A new name goes here, into __all__ and into the block above.
 _LAZY = {
     "Interval": "llmtailor.interval",
+    "Keep": "llmtailor.retention",
     "Run": "llmtailor.integrations.torch_loop",
+    "diff_checkpoints": "llmtailor.diff",
     "export": "llmtailor.merging",
     "merge": "llmtailor.merging",
     "open_checkpoint": "llmtailor.checkpoint",

@@ -73,7 +73,8 @@ def require_optimizer(checkpoint: Checkpoint) -> None:
             "the checkpoint holds weights alone; training cannot be resumed from it",
             kind="weights-only",
             path=checkpoint.path,
-            hint="load it with from_pretrained, or resume from one that was not saved with save_only_model",
+            hint="load it with from_pretrained, or resume from one that has optimizer state (save_only_model and "
+            "keep_optimizer leave weights alone)",
         )
 
 

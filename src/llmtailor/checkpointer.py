@@ -25,9 +25,8 @@ from .ballots import Ballots
 from .checkpoint import Checkpoint
 from .codecs import SKIP, parse_rest
 from .drift import LayerDrift
-from .drift_log import log_measurement
 from .engine_options import DEFAULT_COMMIT_TIMEOUT_SECS, EngineOptions, check_options
-from .errors import InvalidInputError, SaveFailedWarning, StrategyIgnoredWarning, WriteError
+from .errors import InvalidInputError, StrategyIgnoredWarning, WriteError
 from .flag_log import log_flags_and
 from .interval import parse_interval
 from .lineage import Lineage
@@ -41,6 +40,7 @@ from .open_runs import OpenRun
 from .pace import Pace
 from .ranks import Ranks
 from .resume import Fill, ResumeLimits, find_resumable, load_resumable
+from .retention import Keep, parse_keep
 from .save_outcomes import SOFT_ERRORS, SaveOutcomes, translate_small_file_errors
 from .save_plan import Contents, SavePlan, encode_index, layer_statuses, plan_save
 from .storage import LocalFileSystem, StagedCheckpoint, StagingSeat
@@ -70,7 +70,7 @@ class Checkpointer:
     Args:
         directory: The run.
         strategy: Which layers a save writes: text, object, or a callable.
-        keep: How many checkpoints to keep; None keeps all.
+        keep: How many checkpoints to keep, or which: a ``Keep``, or its text; None keeps all.
         keep_consistent: Never remove the newest checkpoint whose layers are all of one step, exactly.
         split_experts: Every expert is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
@@ -92,7 +92,7 @@ class Checkpointer:
         directory: Path | str,
         *,
         strategy: str | Strategy | Callable[[SaveContext], Collection[str]] = "full",
-        keep: int | None = None,
+        keep: Keep | int | str | None = None,
         keep_consistent: bool = True,
         split_experts: bool = False,
         layer_overrides: Mapping[str, Sequence[str]] | None = None,
@@ -126,6 +126,7 @@ class Checkpointer:
                 keep_consistent=keep_consistent,
                 mirror=options.get("mirror"),
                 mirror_keep=options.get("mirror_keep"),
+                keep_optimizer=options.get("keep_optimizer"),
                 filesystem=filesystem,
                 seat=seat,
             )
@@ -142,9 +143,10 @@ class Checkpointer:
         timeout_secs = options.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
         is_watched = options.get("monitor", False) or self._strategy.needs_drift
         has_gradients = options.get("monitor") == "gradients"
-        self._watch = Watch(self.meeting, timeout_secs, has_gradients=has_gradients) if is_watched else None
+        watch = Watch(self.meeting, self._directory, timeout_secs, self._tiers.notices.append, has_gradients)
+        self._watch = watch if is_watched else None
         interval = parse_interval(options.get("interval"))
-        self.pace = Pace(self._strategy, interval, self.meeting, has_growth=keep is None, timeout_secs=timeout_secs)
+        self.pace = Pace(self._strategy, interval, self.meeting, parse_keep(keep), timeout_secs)
         """When to save next, if that is decided here."""
         self._ballots: Ballots | None = None
         if ranks is not None:
@@ -247,7 +249,7 @@ class Checkpointer:
                 "this run does not measure how layers move", kind="no-monitor", hint="make it with monitor=True"
             )
         self._read(step, module, optimizers)
-        self._log_measurement(self._watch)
+        self._watch.log()
         return self._watch.drifts
 
     @property
@@ -264,10 +266,6 @@ class Checkpointer:
         return watch.measure(
             lambda: self._reader.read(module, optimizers), step, parent, lambda: self.read_model(module).parameters()
         )
-
-    def _log_measurement(self, watch: Watch) -> None:
-        if self._seat.rank == 0 and (error := log_measurement(self._directory, watch.record())) is not None:
-            self._tiers.notices.append(SaveFailedWarning(f"a measurement was not logged: {error}"))
 
     def save(
         self,
@@ -396,7 +394,6 @@ class Checkpointer:
                     (staged.path / INDEX_NAME).write_text(encode_index(plan), encoding="utf-8")
                 if self._watch is not None:
                     self._watch.note_save(plan, staged.path, parent)
-                    self._log_measurement(self._watch)
         except BaseException:
             self._tiers.run.abandon(staged)
             raise

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict, cast
 from .codecs import Rest
 from .errors import InvalidInputError, UnsupportedError
 from .interval import Interval, parse_interval
+from .retention import Keep, parse_keep
 from .writer import Durability, WhenBusy
 
 __all__ = ["DEFAULT_COMMIT_TIMEOUT_SECS", "EngineOptions", "check_options", "engine_options"]
@@ -31,8 +32,11 @@ class EngineOptions(TypedDict, total=False):
     """At that limit, a save waits ("wait", default) or is left out and counted ("skip")."""
     mirror: Path | str | None
     """A second directory, on another file system, that every checkpoint is copied to in the background."""
-    mirror_keep: int | None
-    """How many checkpoints to keep in the mirror; None (default) keeps all."""
+    keep_optimizer: int | None
+    """How many of the newest checkpoints keep their optimizer state; older ones keep weights alone, and training cannot
+    be resumed from them. None (default): all. What the run's ``keep`` says of it counts first."""
+    mirror_keep: Keep | int | str | None
+    """How many checkpoints to keep in the mirror, or which; None (default) keeps all."""
     rest: str | Rest | None
     """What becomes of layers that the strategy does not choose: "skip" (default) leaves them as they were last saved;
     "q8", "q4", "compact", "compact4" or "codes(...)" write them small instead, so that nothing is stale."""
@@ -83,6 +87,8 @@ def check_options(options: EngineOptions, *, has_peers: bool = False) -> None:
         raise _refuse("max_in_flight", "a number >= 1", in_flight)
     if given.get("mirror") is None and (given.get("durable") == "mirror" or given.get("mirror_keep") is not None):
         raise _refuse("mirror", "a directory, for durable='mirror' and mirror_keep are about it", None)
+    parse_keep(options.get("mirror_keep"))
+    parse_keep(None, optimizer=options.get("keep_optimizer"))
     if (monitor := options.get("monitor", False)) not in (False, True, "gradients"):
         raise _refuse("monitor", "True, False or 'gradients'", monitor)
     parse_interval(options.get("interval"))

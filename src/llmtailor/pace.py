@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .interval import FIRST_STEPS, Interval, SaveCosts, choose_interval
 from .meeting import Meeting
+from .retention import Keep
 from .strategies import LayerStatus, Strategy
 from .writer import SaveHandle
 
@@ -20,7 +21,7 @@ class Pace:
         strategy: May have an interval of its own.
         interval: What the interval is chosen for; None leaves it to the strategy, or to the caller.
         meeting: The ranks; the coordinator's measurements count.
-        has_growth: Every checkpoint stays on the disk.
+        keep: Which checkpoints stay on the disk.
         timeout_secs: How long ranks wait for the coordinator at a save.
     """
 
@@ -29,14 +30,13 @@ class Pace:
         strategy: Strategy,
         interval: Interval | None,
         meeting: Meeting,
-        *,
-        has_growth: bool,
+        keep: Keep,
         timeout_secs: float,
     ) -> None:
         self._strategy = strategy
         self._interval = interval
         self._meeting = meeting
-        self._has_growth = has_growth
+        self._has_growth = keep.removes_nothing
         self._timeout_secs = timeout_secs
         self._last_step: int | None = None
         self._resumed_at = time.perf_counter()

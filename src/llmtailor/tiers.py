@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .errors import SaveFailedWarning, TailorError, TailorWarning, WriteError
 from .pruning import apply_retention
+from .retention import Keep, parse_keep
 from .storage import LocalFileSystem, RunDirectory, StagingSeat
 from .writer import Mirror, MirrorHandle, SaveHandle
 
@@ -21,15 +22,17 @@ class Tiers:
 
     Args:
         directory: The run.
-        keep: How many checkpoints to keep there; None keeps all.
+        keep: Which checkpoints to keep there, or how many; None keeps all. See ``parse_keep``.
         keep_consistent: Never remove the newest checkpoint whose layers are all of one step; in both.
         mirror: The second directory, or None.
-        mirror_keep: How many checkpoints to keep there.
+        mirror_keep: How many checkpoints to keep there, or which.
+        keep_optimizer: How many checkpoints in the run's directory keep their optimizer state, the newest first; None:
+            all that stay.
         filesystem: What carries out the changes.
         seat: Which of many ranks this is. The coordinator alone mirrors and removes.
 
     Raises:
-        InvalidInputError: The mirror is not apart from the run.
+        InvalidInputError: The mirror is not apart from the run, or what to keep cannot be understood.
         LockedError: Another process writes one of the two.
         WriteError: One of them cannot be written.
     """
@@ -38,15 +41,15 @@ class Tiers:
         self,
         directory: Path,
         *,
-        keep: int | None,
+        keep: Keep | int | str | None,
         keep_consistent: bool,
         mirror: Path | str | None,
-        mirror_keep: int | None,
+        mirror_keep: Keep | int | str | None,
+        keep_optimizer: int | None = None,
         filesystem: LocalFileSystem | None,
         seat: StagingSeat | None = None,
     ) -> None:
-        self._keep = keep
-        self._keep_consistent = keep_consistent
+        self._keep = parse_keep(keep, consistent=keep_consistent, optimizer=keep_optimizer)
         self.notices: deque[TailorWarning] = deque()
         """What a user should know; our threads must not warn, for where warnings are errors they would die of it."""
         self.run = RunDirectory(directory, filesystem, seat=seat, on_warning=self.notices.append)
@@ -104,11 +107,9 @@ class Tiers:
             except WriteError as err:
                 self._note_failed_copy(handle, err)
             pending = self.mirror.pending_steps
-        error = apply_retention(
-            self.run, keep=self._keep, pinned={*pinned, *pending}, keep_consistent=self._keep_consistent
-        )
+        error = apply_retention(self.run, keep=self._keep, pinned={*pinned, *pending})
         if error is not None:
-            self.notices.append(SaveFailedWarning(f"an old checkpoint could not be removed: {error}"))
+            self.notices.append(SaveFailedWarning(f"an old checkpoint, or its state, could not be removed: {error}"))
 
     def _note_copy(self, handle: SaveHandle, copy: MirrorHandle) -> None:
         try:

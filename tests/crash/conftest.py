@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,3 +14,9 @@ def mounts(tmp_path: Path) -> Iterator[Mounts]:
     mounts = Mounts(tmp_path)
     yield mounts
     mounts.close()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_of_other_tests() -> None:
+    """Runs that a test before forgot about would be closed in the middle of this one, which counts open files."""
+    gc.collect()

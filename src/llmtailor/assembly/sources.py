@@ -168,7 +168,7 @@ def changed(path: Path) -> IntegrityError:
         path=path,
         expected="a checkpoint that nobody writes",
         found="another file, size or time of change than before",
-        hint="merge again when whoever writes it is done; nothing was published",
+        hint="try again when whoever writes it is done; nothing was published",
     )
 
 

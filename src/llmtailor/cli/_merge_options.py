@@ -1,4 +1,4 @@
-"""Options that ``merge``, ``export`` and ``plan`` share."""
+"""Options that ``merge``, ``export``, ``plan`` and, in part, ``diff`` share."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ __all__ = [
     "WeightsOnly",
     "ZeroStage",
     "build_options",
+    "read_parameter_names",
 ]
 
 
@@ -123,7 +124,7 @@ def _parse_shard_size(text: str | None) -> int | None:
     return nbytes
 
 
-def _read_parameter_names(path: Path | None) -> tuple[str, ...] | None:
+def read_parameter_names(path: Path | None) -> tuple[str, ...] | None:
     """The lines of a file.
 
     Raises:
@@ -169,5 +170,5 @@ def build_options(
         ranks=ranks,
         zero_stage=zero_stage,
         own_steps=own_steps,
-        parameter_names=_read_parameter_names(parameter_names),
+        parameter_names=read_parameter_names(parameter_names),
     )

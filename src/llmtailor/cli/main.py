@@ -12,6 +12,8 @@ import typer
 from .. import __version__
 from ._errors import reported
 from .demo import demo
+from .diff import diff
+from .estimate import estimate
 from .export import export
 from .ls import ls
 from .merge import merge
@@ -24,13 +26,13 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="llmtailor",
-    help="Checkpoints of LLM training, layer by layer: list, inspect, verify, merge, remove.",
+    help="Checkpoints of LLM training, layer by layer: list, inspect, verify, compare, merge, remove.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-for _command in (ls, show, verify, plan, merge, export, prune, demo):
+for _command in (ls, show, verify, diff, estimate, plan, merge, export, prune, demo):
     app.command()(reported(_command))
 
 

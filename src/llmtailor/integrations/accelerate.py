@@ -28,6 +28,7 @@ from accelerate.utils import DistributedType
 from ..errors import InvalidInputError, NotFoundError, UnsupportedError
 from ..model_state import is_adapted
 from ..resume import ResumeLimits
+from ..retention import Keep
 from ..storage import checkpoint_name
 from ..strategies import SaveContext, Strategy
 from ..writer import SaveHandle
@@ -76,7 +77,8 @@ class TailorCheckpointer:
         directory: The run; checkpoints are ``checkpoint-<step>`` in it. By default ``checkpoints`` in the
             accelerator's ``project_dir``, as with automatic naming.
         strategy: Which layers a save writes: ``"full"``, ``"parity"``, ``"filter(first=2)"``, an object, a callable.
-        keep: How many checkpoints to keep; by default the project's ``total_limit``, and None keeps all.
+        keep: How many checkpoints to keep, or which (``llmtailor.Keep``); by default the project's ``total_limit``, and
+            None keeps all.
         keep_consistent: Never remove the newest checkpoint whose layers are all of one step, exactly.
         split_experts: Every expert of a block is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
@@ -96,7 +98,7 @@ class TailorCheckpointer:
         directory: str | Path | None = None,
         *,
         strategy: str | Strategy | Callable[[SaveContext], Collection[str]] = "full",
-        keep: int | None = None,
+        keep: Keep | int | str | None = None,
         keep_consistent: bool = True,
         split_experts: bool = False,
         layer_overrides: Mapping[str, Sequence[str]] | None = None,

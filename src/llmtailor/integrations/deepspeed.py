@@ -28,6 +28,7 @@ from ..manifest import MANIFEST_NAME
 from ..meeting import Outcome
 from ..ranks import join_ranks
 from ..resume import Fill, load_named
+from ..retention import Keep
 from ..storage import checkpoint_name, list_checkpoints
 from ..strategies import SaveContext, Strategy, parse_strategy
 from ..writer import SaveHandle
@@ -44,7 +45,7 @@ def install(
     engine: Any,
     *,
     strategy: str | Strategy | Callable[[SaveContext], Collection[str]] = "full",
-    keep: int | None = None,
+    keep: Keep | int | str | None = None,
     keep_consistent: bool = True,
     split_experts: bool = False,
     layer_overrides: Mapping[str, Sequence[str]] | None = None,
@@ -64,7 +65,7 @@ def install(
     Args:
         engine: Of ZeRO stage 1, 2 or 3.
         strategy: Which layers a save writes.
-        keep: How many checkpoints to keep; None keeps all.
+        keep: How many checkpoints to keep, or which (``llmtailor.Keep``); None keeps all.
         keep_consistent: Never remove the newest checkpoint whose layers are all of one step, exactly.
         split_experts: Every expert of a block is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.

@@ -21,6 +21,7 @@ from ..meeting import Outcome
 from ..model_state import is_adapted
 from ..ranks import join_ranks
 from ..resume import Fill, ResumeLimits, load_named
+from ..retention import METRICS_NAME, Keep, encode_metrics
 from ..strategies import SaveContext, Strategy
 from ..writer import SaveHandle
 from .batches import Batches
@@ -80,14 +81,15 @@ class Run:
         strategy: Which layers a save writes: ``"full"``, ``"parity"``, ``"filter(first=2)"``, an object, a callable.
         save_steps: ``step`` saves at multiples of this, unless the strategy (``budget_per_step``) or ``interval``
             decides.
-        keep: How many checkpoints to keep; None keeps all.
+        keep: How many checkpoints to keep, or which: ``llmtailor.Keep``, or its text (``"last=3, every=1000"``); None
+            keeps all.
         keep_consistent: Never remove the newest checkpoint whose layers are all of one step, exactly.
         state: More objects with ``state_dict``, by name.
         split_experts: Every expert of a block is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
-        **options: ``rest``, ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``,
-            ``mirror_keep``, ``durable``, ``spread_layers``, ``commit_timeout_secs``, ``monitor``, ``interval``: see
-            ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see ``PreemptionOptions``.
+                **options: ``rest``, ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``,
+            ``mirror_keep``, ``keep_optimizer``, ``durable``, ``spread_layers``, ``commit_timeout_secs``, ``monitor``,
+            ``interval``: see ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see ``PreemptionOptions``.
 
     Raises:
         InvalidInputError: An unknown strategy, an option that makes no sense, or a name in ``state`` that is taken.
@@ -106,7 +108,7 @@ class Run:
         scaler: Stateful | None = None,
         strategy: str | Strategy | Callable[[SaveContext], Collection[str]] = "full",
         save_steps: int = 500,
-        keep: int | None = None,
+        keep: Keep | int | str | None = None,
         keep_consistent: bool = True,
         state: Mapping[str, Stateful] | None = None,
         split_experts: bool = False,
@@ -245,8 +247,12 @@ class Run:
             return self._rank
         return None if saved == 1 else 0
 
-    def step(self, step: int) -> SaveHandle | None:
+    def step(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle | None:
         """Tell the run that ``step`` optimizer steps are done; saves if that is due.
+
+        Args:
+            step: Optimizer steps done.
+            metrics: As for ``save``.
 
         Returns:
             The save's handle, if there was one.
@@ -256,18 +262,22 @@ class Run:
         """
         if self._preemption.wants_save:
             self._checkpointer.drain(self._preemption.left_secs)
-            handle = self.save(step)
+            handle = self.save(step, metrics=metrics)
             self._preemption.end()
             return handle
         is_due = self._checkpointer.pace.is_due(step)
         if step % self._save_steps == 0 if is_due is None else is_due:
-            return self.save(step)
+            return self.save(step, metrics=metrics)
         self._checkpointer.collect()
         self._checkpointer.prepare(self._model, self._optimizers)
         return None
 
-    def save(self, step: int) -> SaveHandle:
+    def save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
         """Save now; returns at once.
+
+        Args:
+            step: Optimizer steps done.
+            metrics: What was measured at this step (``{"eval_loss": 2.1}``); ``keep`` may keep the best by one of them.
 
         Returns:
             A handle: ``captured()`` and ``result()`` wait for the two moments; a save that failed says so there.
@@ -281,6 +291,8 @@ class Run:
                 write_progress(directory, step, self._objects)
                 save_objects(directory, self._shared_objects)
                 _save_config(self._model, directory)
+                if metrics is not None:
+                    (directory / METRICS_NAME).write_text(encode_metrics(metrics), encoding="utf-8")
             save_objects(directory, self._own_objects, rank=self._rank)
             save_rng(directory, rank=self._rank)
 

@@ -52,6 +52,7 @@ from ..meeting import Meeting, Outcome
 from ..model_state import is_adapted, read_model
 from ..ranks import join_ranks
 from ..resume import ResumeLimits, check_staleness, open_resumable, resume_limits
+from ..retention import Keep, parse_keep
 from ..save_plan import Contents
 from ..storage import checkpoint_name
 from ..strategies import SaveContext, Strategy, parse_strategy
@@ -73,6 +74,9 @@ class TailorOptions(EngineOptions, PreemptionOptions, ResumeLimits, total=False)
 
     strategy: str | Strategy | Callable[[SaveContext], Collection[str]]
     """Which layers a save writes; "full" by default."""
+    keep: Keep | int | str | None
+    """Which checkpoints to keep: ``llmtailor.Keep``, or its text (``"last=3, every=1000"``); by default as many as
+    ``save_total_limit`` says."""
     keep_consistent: bool
     """Never remove the newest checkpoint whose layers are all of one step, exactly; True by default. It counts towards
     ``save_total_limit``."""
@@ -162,7 +166,7 @@ class TailorMixin(EngineOfTrainer, _Base):
         self._tailor_checkpointer = Checkpointer(
             Path(super()._get_output_dir(trial)),
             strategy=options.get("strategy", "full"),
-            keep=self.args.save_total_limit,
+            keep=options.get("keep", self.args.save_total_limit),
             keep_consistent=options.get("keep_consistent", True),
             split_experts=options.get("split_experts", False),
             layer_overrides=options.get("layer_overrides"),
@@ -458,6 +462,7 @@ def _attach(trainer: Any, options: Mapping[str, Any]) -> None:
         )
     _refuse_sharding(trainer)
     check_options(engine_options(options))
+    parse_keep(options.get("keep"))
     Preemption(list, preemption_options(options))
     trainer.pop_callback(StepCallback)
     trainer.add_callback(StepCallback(weakref.ref(trainer)))

@@ -15,6 +15,8 @@ from safetensors.numpy import load, save
 
 from ..checkpoint import Checkpoint
 from ..drift import LayerDrift, mean_age, shares_of_progress
+from ..drift_log import log_measurement
+from ..errors import SaveFailedWarning, TailorWarning
 from ..layers import part_suffix
 from ..live_state import LiveLayers
 from ..manifest import Manifest
@@ -36,13 +38,24 @@ class Watch:
 
     Args:
         meeting: The ranks.
+        directory: The run, where ``drift.jsonl`` is.
         timeout_secs: How long ranks wait for each other.
+        on_warning: Called if a measurement cannot be logged.
         has_gradients: Take the norm of every gradient, too.
     """
 
-    def __init__(self, meeting: Meeting, timeout_secs: float, *, has_gradients: bool = False) -> None:
+    def __init__(
+        self,
+        meeting: Meeting,
+        directory: Path,
+        timeout_secs: float,
+        on_warning: Callable[[TailorWarning], None],
+        has_gradients: bool = False,
+    ) -> None:
         self._meeting = meeting
+        self._directory = directory
         self._timeout_secs = timeout_secs
+        self._on_warning = on_warning
         self._monitor = Monitor()
         self._look: Look | None = None
         self.gradients = GradientNorms() if has_gradients else None
@@ -132,6 +145,7 @@ class Watch:
         stale = {name: self.ages[name] if name in plan.kept else 0 for name in self.ages}
         self.expected_loss_steps = mean_age(stale, self.shares)
         self._monitor.note_save(plan.step, self._look, steps)
+        self.log()
         coded = {image.layer for image in plan.images if isinstance(image, CodedImage)}
         found = self._monitor.references({name: step for name, step in steps.items() if name in coded})
         found = {name: each for name, each in found.items() if each[1].size}
@@ -161,8 +175,10 @@ class Watch:
             found["expected_loss_steps"] = self.expected_loss_steps
         return found
 
-    def record(self) -> dict[str, object]:
-        """The newest measurement as a line of ``drift.jsonl``."""
+    def log(self) -> None:
+        """Add the newest measurement to ``drift.jsonl``; on the coordinator."""
+        if not self._meeting.is_coordinator:
+            return
         layers = {
             name: {
                 "age": self.ages[name],
@@ -175,7 +191,9 @@ class Watch:
             }
             for name, drift in self.drifts.items()
         }
-        return {"step": self.step, "expected_loss_steps": self.expected_loss_steps, "layers": layers}
+        record = {"step": self.step, "expected_loss_steps": _finite(self.expected_loss_steps), "layers": layers}
+        if (error := log_measurement(self._directory, record)) is not None:
+            self._on_warning(SaveFailedWarning(f"a measurement was not logged: {error}"))
 
 
 def saved_steps(parent: Manifest | None) -> dict[str, int]:

@@ -1,14 +1,16 @@
-"""Which directories of a run may go, and what that frees. Decides and shows; removing is somebody else's."""
+"""Which directories of a run may go, which keep weights alone, and what that frees. Decides and shows; does nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IncompleteError, InvalidInputError
 from ..inventory import Inventory, RunEntry, State, freed_nbytes
-from ..retention import Kept, choose_removals
+from ..manifest import MANIFEST_NAME, encode_manifest
+from ..pruning import describe_kept, droppable_files, read_metrics
+from ..retention import METRICS_NAME, Keep, Kept, choose_removals, thin_manifest
 from .units import format_bytes, format_number_of
 
 if TYPE_CHECKING:
@@ -27,12 +29,22 @@ class Removal:
     """Whole checkpoints that stay, oldest first."""
     ignored: tuple[RunEntry, ...]
     """Damaged checkpoints: neither counted nor removed."""
+    thinned: tuple[RunEntry, ...] = ()
+    """Of those that stay: they lose their optimizer state."""
+    bound: tuple[RunEntry, ...] = ()
+    """Of those that stay: they would lose it, if their weights could be read without it."""
+    reasons: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Step -> why it stays."""
     is_done: bool = False
     """They were removed."""
 
     @property
-    def successor(self) -> RunEntry:
-        """The newest checkpoint that stays; it must verify before anything goes.
+    def has_work(self) -> bool:
+        return bool(self.doomed or self.thinned)
+
+    @property
+    def successors(self) -> tuple[RunEntry, ...]:
+        """Checkpoints that must verify before anything goes: the newest that stays, and the newest to resume from.
 
         Raises:
             IncompleteError: There is none.
@@ -46,16 +58,20 @@ class Removal:
                 found=", ".join(entry.path.name for entry in self.doomed),
                 hint="nothing was removed; if you are sure, remove the directories yourself",
             )
-        return self.kept[-1]
+        full = [entry for entry in self.kept if _is_full(entry)]
+        return (*(entry for entry in full[-1:] if entry is not self.kept[-1]), self.kept[-1])
 
     @property
     def freed_nbytes(self) -> int:
         """Bytes of files that no other directory holds."""
-        return freed_nbytes(self.doomed)
+        return freed_nbytes((*self.doomed, *map(_droppable, self.thinned))) + sum(map(_saving, self.thinned))
 
     def summary(self) -> str:
-        """``3 directories, 1.2 MB``."""
-        return f"{format_number_of(len(self.doomed), 'directory')}, {format_bytes(self.freed_nbytes)}"
+        """``3 directories and optimizer state of 2 more, 1.2 MB``."""
+        parts = [format_number_of(len(self.doomed), "directory")] if self.doomed else []
+        if self.thinned:
+            parts.append(f"optimizer state of {format_number_of(len(self.thinned), 'checkpoint')}")
+        return f"{' and '.join(parts)}, {format_bytes(self.freed_nbytes)}"
 
     def names(self) -> list[str]:
         """Paths that go."""
@@ -69,64 +85,122 @@ class Removal:
                 {"path": str(entry.path), "step": entry.step, "state": str(entry.state), "bytes": entry.nbytes}
                 for entry in self.doomed
             ],
+            "thinned": [
+                {"path": str(entry.path), "step": entry.step, "bytes": _droppable(entry).nbytes}
+                for entry in self.thinned
+            ],
             "kept": [str(entry.path) for entry in self.kept],
+            "reasons": {str(entry.path): list(self._why(entry)) for entry in self.kept},
+            "optimizer": {str(entry.path): self._optimizer(entry) for entry in self.kept},
             "ignored": [str(entry.path) for entry in self.ignored],
         }
+
+    def _why(self, entry: RunEntry) -> tuple[str, ...]:
+        return () if entry.step is None else self.reasons.get(entry.step, ())
+
+    def _optimizer(self, entry: RunEntry) -> str:
+        """What becomes of a checkpoint's optimizer state."""
+        if entry in self.thinned:
+            return "goes"
+        if entry in self.bound:
+            return "stays: the weights are in codes"
+        return "stays" if _is_full(entry) else "none"
 
     def tables(self) -> Iterator[RenderableType]:
         from .tables import line
 
         if self.doomed:
-            yield _doomed_table(self.doomed)
+            yield _removal_table("remove", "size", [(entry, entry.nbytes) for entry in self.doomed])
             yield line("")
+        if self.thinned:
+            dropped = [(entry, _droppable(entry).nbytes) for entry in self.thinned]
+            yield _removal_table("keep weights alone", "optimizer state", dropped)
+            yield line("")
+        if self.has_work:
             yield line(f"frees {format_bytes(self.freed_nbytes)}; the rest is shared with what stays")
         else:
             yield line("nothing to remove")
-        yield line(f"stays: {', '.join(entry.path.name for entry in self.kept) or 'no checkpoint'}")
+        if not self.kept:
+            yield line("no checkpoint stays")
+        else:
+            yield line("")
+            yield self._kept_table()
         for entry in self.ignored:
             yield line(f"left alone: {entry.path.name}, {entry.detail}; resume sets it aside")
 
+    def _kept_table(self) -> Table:
+        from .tables import cell, plain_table
 
-def _doomed_table(entries: tuple[RunEntry, ...]) -> Table:
+        table = plain_table("stays", "optimizer state", "because")
+        for entry in self.kept:
+            table.add_row(cell(entry.path.name), cell(self._optimizer(entry)), cell("; ".join(self._why(entry))))
+        return table
+
+
+def _is_full(entry: RunEntry) -> bool:
+    return entry.manifest is not None and entry.manifest.contents == "full"
+
+
+def _droppable(entry: RunEntry) -> RunEntry:
+    """The same directory, as if it held only what goes when it is thinned."""
+    assert entry.manifest is not None
+    names = {record.path for record in droppable_files(entry.manifest)}
+    return replace(entry, files={name: file for name, file in entry.files.items() if name in names})
+
+
+def _saving(entry: RunEntry) -> int:
+    """Bytes that the manifest of a checkpoint is shorter by when it is thinned."""
+    assert entry.manifest is not None
+    thinned = thin_manifest(entry.manifest)
+    assert thinned is not None
+    return entry.files[MANIFEST_NAME].nbytes - len(encode_manifest(thinned)[0])
+
+
+def _removal_table(what: str, size: str, rows: Sequence[tuple[RunEntry, int]]) -> Table:
     from .tables import cell, plain_table
 
-    table = plain_table("remove", "state", ">size")
-    for entry in entries:
-        table.add_row(cell(entry.path.name), cell(entry.state), cell(format_bytes(entry.nbytes)))
+    table = plain_table(what, "state", f">{size}")
+    for entry, nbytes in rows:
+        table.add_row(cell(entry.path.name), cell(entry.state), cell(format_bytes(nbytes)))
     return table
 
 
-def plan_removal(
-    inventory: Inventory,
-    *,
-    limit: int | None,
-    keep_consistent: bool,
-    pinned: Collection[int],
-    states: Collection[State],
-) -> Removal:
+def plan_removal(inventory: Inventory, keep: Keep, *, pinned: Collection[int], states: Collection[State]) -> Removal:
     """Choose what goes.
 
     A damaged checkpoint is not counted, so that it cannot push out a good one, and is not removed.
 
     Args:
         inventory: The run.
-        limit: How many checkpoints to keep; None keeps all.
-        keep_consistent: Whether to keep the newest checkpoint whose layers are all of one step.
-        pinned: Steps to keep.
+        keep: The rules.
+        pinned: Steps to keep, beside those of the rules; they need not be there.
         states: What else goes, entirely: ``State.BAD``, ``State.SUPERSEDED``.
 
     Raises:
-        InvalidInputError: Nothing was asked for, or a pinned step is not there.
+        InvalidInputError: A step that the rules pin is not there, or no checkpoint has a value of their metric.
     """
-    if limit is None and not states:
-        raise InvalidInputError(
-            "prune was not told what may go",
-            kind="nothing-asked",
-            path=inventory.path,
-            expected="--keep N, --bad or --superseded",
-            found="none of them",
-            hint=f"llmtailor prune {inventory.path} --keep 3 --dry-run",
-        )
+    _check_steps(inventory, keep.pinned)
+    whole = [entry for entry in inventory.checkpoints if entry.state is State.WHOLE]
+    candidates = _describe(whole, None if keep.best is None else keep.metric)
+    if keep.best is not None and whole and all(each.metric is None for each in candidates):
+        raise _no_metric(inventory, keep.metric, whole)
+    choice = choose_removals(candidates, keep, pinned=pinned)
+    aside = [entry for entry in inventory.others if entry.state in states]
+    return Removal(
+        doomed=(*(entry for entry in whole if entry.step in choice.removed), *aside),
+        kept=tuple(entry for entry in whole if entry.step in choice.reasons),
+        ignored=tuple(entry for entry in inventory.checkpoints if entry.state is State.DAMAGED),
+        thinned=tuple(entry for entry in whole if entry.step in choice.thinned),
+        bound=tuple(entry for entry in whole if entry.step in choice.bound),
+        reasons=choice.reasons,
+    )
+
+
+def _describe(entries: Sequence[RunEntry], metric: str | None) -> list[Kept]:
+    return [describe_kept(entry.path, entry.manifest, metric) for entry in entries if entry.manifest is not None]
+
+
+def _check_steps(inventory: Inventory, pinned: Collection[int]) -> None:
     steps = {entry.step for entry in inventory.checkpoints if entry.step is not None}
     if not steps.issuperset(pinned):
         raise InvalidInputError(
@@ -137,16 +211,15 @@ def plan_removal(
             found=", ".join(map(str, sorted(set(pinned) - steps))),
             hint=f"llmtailor ls {inventory.path}",
         )
-    whole = [entry for entry in inventory.checkpoints if entry.state is State.WHOLE and entry.manifest is not None]
-    candidates = [
-        Kept(step=entry.manifest.step, is_consistent=entry.manifest.is_consistent)
-        for entry in whole
-        if entry.manifest is not None
-    ]
-    going = choose_removals(candidates, limit=limit, pinned=pinned, keep_consistent=keep_consistent)
-    aside = [entry for entry in inventory.others if entry.state in states]
-    return Removal(
-        doomed=(*(entry for entry in whole if entry.step in going), *aside),
-        kept=tuple(entry for entry in whole if entry.step not in going),
-        ignored=tuple(entry for entry in inventory.checkpoints if entry.state is State.DAMAGED),
+
+
+def _no_metric(inventory: Inventory, metric: str, entries: Sequence[RunEntry]) -> InvalidInputError:
+    known = {name for entry in entries if entry.step is not None for name in read_metrics(entry.path, entry.step)}
+    return InvalidInputError(
+        f"no checkpoint has a value of {metric!r}, so none is the best; nothing was removed",
+        kind="no-metric",
+        path=inventory.path,
+        expected=f"{metric} in {METRICS_NAME} of a checkpoint, or logged at its step in trainer_state.json",
+        found=", ".join(sorted(known)[:20]) or "no metrics",
+        hint="name another with --metric",
     )

@@ -6,6 +6,7 @@ from .filesystem import FreeSpace, LocalFileSystem
 from .line_file import append_line, read_lines
 from .lock import RunLock
 from .output_directory import OutputDirectory
+from .pins import PINS_NAME, add_pin, read_pins, remove_pin
 from .run_directory import (
     STAGING_NAME,
     CheckpointEntry,
@@ -23,6 +24,7 @@ from .staging import StagedCheckpoint, StagedFile
 __all__ = [
     "ALIGNMENT",
     "PIECE_NBYTES",
+    "PINS_NAME",
     "STAGING_NAME",
     "CheckpointEntry",
     "DirectFile",
@@ -37,6 +39,7 @@ __all__ = [
     "StagedCheckpoint",
     "StagedFile",
     "StagingSeat",
+    "add_pin",
     "aligned_buffer",
     "append_line",
     "checkpoint_name",
@@ -50,4 +53,6 @@ __all__ = [
     "read_direct",
     "read_files",
     "read_lines",
+    "read_pins",
+    "remove_pin",
 ]

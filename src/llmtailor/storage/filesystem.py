@@ -6,6 +6,7 @@ stop the world there, or lie; so the publish protocol calls nothing of ``os`` di
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -20,6 +21,9 @@ __all__ = ["FreeSpace", "LocalFileSystem"]
 # Source: Linux include/uapi/linux/fs.h, FICLONE = _IOW(0x94, 9, int).
 _FICLONE = 0x40049409
 _COPY_CHUNK_NBYTES = 8 * 2**20
+# Source: Linux include/uapi/linux/fcntl.h and fs.h.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +155,19 @@ class LocalFileSystem:
         if os.path.lexists(target):
             raise OSError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
         os.rename(source, target)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Let two directories swap names, seen as one change.
+
+        ``OSError(EINVAL)`` where the file system cannot, ``OSError(ENOSYS)`` where the kernel or the C library cannot.
+        """
+        try:
+            renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        except AttributeError as err:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(one)) from err
+        if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(one), None, str(other))
 
     def replace(self, source: Path, target: Path) -> None:
         """Give a file a name that may be taken: whoever opens that sees the old file or the new one."""

@@ -3,6 +3,7 @@
     checkpoint-<step>                     published: the only names resume looks at
     _checkpoint-<step>.bad[-<n>]          quarantined
     _checkpoint-<step>.superseded[-<n>]   of an abandoned branch
+    _checkpoint-<step>.thinning           being replaced by one without optimizer state
     _staging/lock, _staging/<attempt>/    in flight
 
 Reading needs no lock; ``open_for_writing`` takes it. Nothing is deleted but by ``remove``, and that is a rename first.
@@ -17,17 +18,18 @@ import re
 import secrets
 import stat
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..errors import NotFoundError, SupersededWarning, TailorWarning, WriteError
-from ..manifest import MANIFEST_NAME
+from ..manifest import MANIFEST_NAME, FileRecord
 from .filesystem import LocalFileSystem
 from .lock import RunLock
 from .shared_staging import SharedCheckpoint, StagingSeat
 from .staging import StagedCheckpoint, translate_os_errors, warn
+from .thinning import aside_name, find_asides, replace_published, settle
 
 __all__ = [
     "STAGING_NAME",
@@ -139,10 +141,10 @@ def _read_reason(path: Path) -> str | None:
 
 
 def list_attempts(run: Path) -> list[Path]:
-    """Directories of saves and removals that are under way, or were when their process died."""
+    """Directories of saves, removals and thinnings that are under way, or were when their process died."""
     staging = run / STAGING_NAME
     names = sorted(os.listdir(staging)) if staging.is_dir() else []
-    return [staging / name for name in names if name != _LOCK_NAME]
+    return [*(staging / name for name in names if name != _LOCK_NAME), *find_asides(run)]
 
 
 def newest_step_seen(run: Path) -> int | None:
@@ -222,11 +224,12 @@ class RunDirectory:
         self._filesystem.fsync_directory(path.parent)
 
     def _sweep(self) -> None:
-        """Remove what dead writers left, and attempts of ours that could not clean up.
+        """Put right and remove what dead writers left, and attempts of ours that could not clean up.
 
         We hold the lock, so nobody live owns any of it but what is noted in ``_live``.
         """
         with self._mutex, translate_os_errors("sweep what dead writers left", self._staging):
+            settle(self._filesystem, self.path, self._staging, self._is_live)
             names = [name for name in os.listdir(self._staging) if name != _LOCK_NAME and not self._is_live(name)]
         if not names:
             return
@@ -446,6 +449,28 @@ class RunDirectory:
                 self._filesystem.remove_tree(doomed)
         finally:
             self._release(doomed)
+
+    def thin(self, path: Path, files: Iterable[FileRecord], manifest: bytes) -> None:
+        """Let a checkpoint that lacks some files of a published one take its place, under the same name.
+
+        Args:
+            path: The published one.
+            files: What stays of it.
+            manifest: What the new one says about itself.
+
+        Raises:
+            NotFoundError, IntegrityError: A file that stays is not as it was published; nothing was changed.
+            WriteError: One of the two is there, whole.
+        """
+        self._check_held()
+        attempt = self._claim(f"thin-{path.name}-{secrets.token_hex(8)}")
+        aside = self._claim(aside_name(path).name)
+        try:
+            staged = StagedCheckpoint(self._filesystem, attempt, path, self._on_warning)
+            replace_published(self._filesystem, staged, path, files, manifest)
+        finally:
+            self._release(aside)
+            self._release(attempt)
 
     def close(self) -> None:
         """Let other writers in; more than once is fine."""

@@ -25,6 +25,7 @@ from typing import Literal
 
 from ..errors import InvalidInputError, SaveFailedWarning, TailorWarning, WriteError
 from ..pruning import apply_retention
+from ..retention import Keep
 from ..storage import LocalFileSystem, RunDirectory
 from .mirror_copy import CopiedCheckpoint, copy_checkpoint
 
@@ -122,7 +123,7 @@ class Mirror:
     Args:
         path: The second directory; made if it is not there.
         first: The run's directory, which the mirror must be apart from.
-        keep: How many checkpoints to keep in the mirror; None keeps all.
+        keep: How many checkpoints to keep in the mirror, or which; None keeps all.
         keep_consistent: Never remove the mirror's newest checkpoint whose layers are all of one step.
         filesystem: For tests.
         on_warning: Told, on the mirror's thread, of what a user should know and what stops nothing.
@@ -138,7 +139,7 @@ class Mirror:
         path: Path | str,
         *,
         first: Path | str,
-        keep: int | None = None,
+        keep: Keep | int | str | None = None,
         keep_consistent: bool = True,
         filesystem: LocalFileSystem | None = None,
         on_warning: Callable[[TailorWarning], None] = lambda warning: logger.warning("%s", warning),

@@ -116,7 +116,7 @@ def _check_answer(
             fqn=absent[0],
             expected="files with the names of the parameters",
             found=f"others, as transformers {answer['version']} converts the weights of {config.model_type} models",
-            hint="merge the weights alone (--weights-only)",
+            hint="take the weights alone (--weights-only; of diff: --only weights)",
         )
     for name, shape in parameters.items():
         if shapes[name] != shape:

@@ -38,6 +38,7 @@ from ...lineage import describe_save
 from ...local_parts import Seat
 from ...manifest import INDEX_NAME, FileRecord, Manifest, digest_of, encode_manifest
 from ...pruning import apply_retention
+from ...retention import Keep
 from ...save_plan import SavePlan, encode_index
 from ...storage import RunDirectory, SharedCheckpoint, StagingSeat
 from ...votes import Fault, Vote, judge, merge_votes
@@ -80,7 +81,7 @@ class TailorWriter(StorageWriter, AsyncStager):
         planner: The one that is passed to DCP; it is asked what to stage. Without it all is staged.
         reader: What the training was resumed with.
         step: Of the next save, if ``checkpoint_id`` does not end in it.
-        keep: How many checkpoints to keep; None keeps all.
+        keep: How many checkpoints to keep, or which (``llmtailor.Keep``); None keeps all.
         process_group: The one that is passed to DCP, if it is not of all ranks in their order.
     """
 
@@ -94,7 +95,7 @@ class TailorWriter(StorageWriter, AsyncStager):
         *,
         reader: TailorReader | None = None,
         step: int | None = None,
-        keep: int | None = None,
+        keep: Keep | int | str | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.directory = Path(run_directory)
