@@ -22,6 +22,7 @@ STRATEGIES = {
     "top_k": "top_k(2)",
     "budget": "budget(0.5)",
     "budget_per_step": "budget_per_step(3128486)",
+    "budget_per_step_free": "budget_per_step(3128500, first=0, last=0, auxiliary=False)",
     "drift": "",
     "monitored": "",
 }
@@ -49,6 +50,7 @@ _SHORTER = {
     ("top_k", SKIP): 0.5,
     ("budget", SKIP): 0.5,
     ("budget_per_step", SKIP): 0.45,
+    ("budget_per_step_free", SKIP): 0.1,
     ("drift", SKIP): 0.25,
     ("monitored", SKIP): 0.25,
 }

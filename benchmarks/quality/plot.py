@@ -23,6 +23,7 @@ _COLORS = {
     "top_k": "#3a86ff",
     "budget": "#023e8a",
     "budget_per_step": "#00b4d8",
+    "budget_per_step_free": "#90e0ef",
     "drift": "#6d6875",
     "monitored": "#b5838d",
 }
@@ -31,6 +32,7 @@ _LABELS = {
     "top_adam": "half, by Adam's weight",
     "round_robin": "round robin of 20",
     "round_robin_10": "round robin of 10",
+    "budget_per_step_free": "budget_per_step, none always",
     "drift": "drift threshold",
     "monitored": "monitored threshold",
 }

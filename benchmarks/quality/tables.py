@@ -18,6 +18,7 @@ _STRATEGIES = {
     "top_k": "`top_k(2)`",
     "budget": "`budget(0.5)`",
     "budget_per_step": "`budget_per_step`",
+    "budget_per_step_free": "`budget_per_step`, no layer always",
     "drift": "`drift`, a threshold",
     "monitored": "`monitored`, a threshold",
 }

@@ -11,7 +11,7 @@ defines every codec. Importing this brings in neither torch nor numpy.
 """
 
 from .deviation import Deviation
-from .rest import MIN_NUMEL, SKIP, Component, Rest, component_of, parse_rest
+from .rest import MAX_SHARE, MIN_NUMEL, SKIP, Component, Rest, component_of, parse_rest
 from .stored import (
     BASE_KEY,
     BLOCK_NUMEL,
@@ -27,6 +27,7 @@ __all__ = [
     "BASE_KEY",
     "BLOCK_NUMEL",
     "CODES_KEY",
+    "MAX_SHARE",
     "MIN_NUMEL",
     "SKIP",
     "STATE_BASE_KEY",

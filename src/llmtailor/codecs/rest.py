@@ -22,7 +22,7 @@ from ..state_keys import split_state_key
 from ..tensors import TensorMeta
 from .stored import StoredCodes
 
-__all__ = ["MIN_NUMEL", "SKIP", "Component", "Rest", "component_of", "parse_rest"]
+__all__ = ["MAX_SHARE", "MIN_NUMEL", "SKIP", "Component", "Rest", "component_of", "parse_rest"]
 
 
 class Component(StrEnum):
@@ -47,6 +47,8 @@ _MASTER = frozenset({"master_param", "master_weight", "master"})
 
 # Below this codes save less than a page, and such tensors (norms, biases) count for much.
 MIN_NUMEL = 4096
+# Codes that are hardly smaller than the layer are not worth being inexact.
+MAX_SHARE = 0.9
 
 
 def component_of(key: str) -> Component:

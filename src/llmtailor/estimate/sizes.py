@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ..codecs import (
     BASE_KEY,
     CODES_KEY,
+    MAX_SHARE,
     MIN_NUMEL,
     STATE_BASE_KEY,
     Component,
@@ -28,8 +29,6 @@ from .training import Training
 
 __all__ = ["CodedSize", "LayerSize", "code_layer", "measure_layers"]
 
-# As writer.coded_images (_MAX_SHARE): codes that are hardly smaller than the layer are not written.
-_MAX_SHARE = 0.9
 # A digest has this length in a header.
 _DIGEST = f"xxh3_128:{'0' * 32}"
 
@@ -225,7 +224,7 @@ def _coded_size(tensors: _Tensors, rest: Rest, weights: _FileSize, optimizer: _F
         weights_nbytes = _file_size(anew, 1).total
     # As CodedImage.nbytes, which is before the codes file is laid out.
     planned_nbytes = weights.header + optimizer.header + sum(each.nbytes for each in codes.values()) + weights_nbytes
-    if planned_nbytes >= _MAX_SHARE * (weights.total + optimizer.total):
+    if planned_nbytes >= MAX_SHARE * (weights.total + optimizer.total):
         return None
     codes_nbytes = plan_layout([*_arrays_of(codes).items()], told).nbytes
     return CodedSize(codes_nbytes=codes_nbytes, weights_nbytes=weights_nbytes)

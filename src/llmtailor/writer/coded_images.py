@@ -11,6 +11,7 @@ import torch
 from ..codecs import (
     BASE_KEY,
     CODES_KEY,
+    MAX_SHARE,
     STATE_BASE_KEY,
     Component,
     Rest,
@@ -25,9 +26,6 @@ __all__ = ["Base", "CodedImage", "code_layer", "codes_image", "rounded_image"]
 
 Base: TypeAlias = Literal["exact", "rounded", "none"]
 """What the weights file is to the codes; see ``EncodingRecord``."""
-
-# Codes that are hardly smaller than the layer are not worth being inexact.
-_MAX_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +125,7 @@ def code_layer(live: LayerImage, rest: Rest) -> CodedImage | None:
             if not is_there or codes.base == "rounded":
                 planned[stored.name] = codes
     coded = CodedImage(live=live, rest=rest, codes=planned)
-    return coded if coded.nbytes < _MAX_SHARE * live.nbytes else None
+    return coded if coded.nbytes < MAX_SHARE * live.nbytes else None
 
 
 def codes_image(
