@@ -54,7 +54,12 @@ def gather(engine: Any) -> dict[str, str]:
 
 
 def options(case: str) -> dict[str, Any]:
-    return {"strategy": case.split("-")[1], "commit_timeout_secs": 60, "spread_layers": "zero2" in case}
+    return {
+        "strategy": case.split("-")[1],
+        "commit_timeout_secs": 60,
+        "spread_layers": "zero2" in case,
+        "monitor": "-full-" in case,
+    }
 
 
 def begin(directory: Path, case: str) -> None:

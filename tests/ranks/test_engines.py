@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 import llmtailor
 from llmtailor.checkpoint import open_checkpoint
+from llmtailor.diff.records import MASTER, WEIGHTS
 from llmtailor.errors import InvalidInputError
 from llmtailor.integrations.deepspeed import install
 from llmtailor.load import Target, plan_targets, read_saved_states
@@ -167,3 +169,18 @@ def test_accelerates_own_save_state_goes_through_the_engine(tmp_path: Path) -> N
     with pytest.raises(InvalidInputError) as caught:
         install(torch.nn.Linear(1, 1))
     assert caught.value.kind == "not-an-engine"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if is_of("full", case)])
+def test_drift_is_that_between_the_checkpoints(trainings: Launches, case: str) -> None:
+    """Each rank looked at its runs of flat partitions; what they say together is what the files say."""
+    run = trainings.of(case) / case
+    layers = {layer.name: layer for layer in open_checkpoint(run / "checkpoint-4").manifest.layers}
+    assert sum(layer.share or 0 for layer in layers.values()) == pytest.approx(1, abs=1e-3)
+    for layer in llmtailor.diff_checkpoints(run / "checkpoint-2", run / "checkpoint-4").layers:
+        found = layer.find_distance(MASTER) or layer.distances[WEIGHTS]
+        if math.isinf(found.relative):  # a bias that had been 0: JSON has no number for it
+            assert layers[layer.name].drift is None
+            continue
+        # Some of the layers have entries that were not picked.
+        assert layers[layer.name].drift == pytest.approx(found.relative, rel=0.15, abs=1e-6), layer.name
