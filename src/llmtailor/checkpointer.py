@@ -65,7 +65,8 @@ class Checkpointer:
     """Saves and finds the checkpoints of one run; holds the run's lock until ``close``.
 
     Called by the thread that trains. On several ranks every rank makes one, for the same directory, and calls the
-    same methods in the same order; ``save`` sends nothing and waits for nobody.
+    same methods in the same order; ``save`` waits for nobody, unless it measures how layers move or the interval
+    follows from costs: then all hear the same from the coordinator.
 
     Args:
         directory: The run.

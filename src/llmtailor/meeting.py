@@ -63,8 +63,12 @@ class Meeting:
     def is_coordinator(self) -> bool:
         return self.ranks is None or self.ranks.is_coordinator
 
-    def tell(self, message: Mapping[str, Any], timeout_secs: float = _TIMEOUT_SECS) -> Mapping[str, Any]:
+    def tell(self, message: Mapping[str, Any], timeout_secs: float | None = None) -> Mapping[str, Any]:
         """What the coordinator says; of the others, what they pass does not matter.
+
+        Args:
+            message: JSON.
+            timeout_secs: How long to wait for it; None is as long as loading may take.
 
         Raises:
             WriteError: Kind ``rank-late``: it said nothing.
@@ -75,7 +79,7 @@ class Meeting:
         if self.ranks.is_coordinator:
             self.ranks.post(key, json.dumps(message).encode())
             return message
-        found: Mapping[str, Any] = json.loads(self.ranks.take(key, timeout_secs=timeout_secs))
+        found: Mapping[str, Any] = json.loads(self.ranks.take(key, timeout_secs=timeout_secs or _TIMEOUT_SECS))
         return found
 
     def agree(self, outcome: Outcome) -> str | None:
