@@ -12,7 +12,7 @@ from .interval import Interval, parse_interval
 from .retention import Keep, parse_keep
 from .writer import Durability, WhenBusy
 
-__all__ = ["DEFAULT_COMMIT_TIMEOUT_SECS", "EngineOptions", "check_options", "engine_options"]
+__all__ = ["DEFAULT_COMMIT_TIMEOUT_SECS", "EngineOptions", "check_options", "engine_options", "refuse_interval"]
 
 DEFAULT_COMMIT_TIMEOUT_SECS = 600.0
 
@@ -54,8 +54,8 @@ class EngineOptions(TypedDict, total=False):
     of gradients, too, which takes a pass over them at every step. False by default. On several ranks a save that
     measures waits for all of them."""
     interval: str | Interval | None
-    """"auto", or an ``Interval``: how often to save is chosen from what saves cost. None (default): the strategy says
-    it (``budget_per_step``), or the caller."""
+    """"auto", or an ``Interval``: how often to save is chosen from what saves cost; of ``Run`` and the Trainer. None
+    (default): the strategy says it (``budget_per_step``), or the caller."""
 
 
 def engine_options(options: Mapping[str, Any]) -> EngineOptions:
@@ -94,6 +94,22 @@ def check_options(options: EngineOptions, *, has_peers: bool = False) -> None:
     parse_interval(options.get("interval"))
     if has_peers:
         _refuse_moments(options)
+
+
+def refuse_interval(options: Mapping[str, object]) -> None:
+    """Refuse ``interval`` where the caller says when to save.
+
+    Raises:
+        InvalidInputError: It is given.
+    """
+    if (interval := options.get("interval")) is not None:
+        raise InvalidInputError(
+            "interval has no say here: it is you who calls for each save",
+            kind="option",
+            expected="no interval",
+            found=repr(interval),
+            hint="llmtailor.Run and the Trainer save by themselves, and take it",
+        )
 
 
 def _refuse_moments(options: EngineOptions) -> None:

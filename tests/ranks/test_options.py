@@ -11,8 +11,11 @@ import torch
 
 from llmtailor.checkpointer import Checkpointer
 from llmtailor.codecs import parse_rest
+from llmtailor.engine_options import refuse_interval
 from llmtailor.errors import InvalidInputError, UnsupportedError
+from llmtailor.integrations.lightning import TailorCallback
 from llmtailor.integrations.preemption import check_on_ranks
+from llmtailor.interval import Interval
 from llmtailor.live_state import LiveReader
 from llmtailor.ranks import Ranks
 from llmtailor.save_plan import plan_save
@@ -59,3 +62,11 @@ def test_codes_of_what_is_spread_over_ranks() -> None:
     with pytest.raises(UnsupportedError) as caught:
         plan_save(replace(live, layout="xxh3_128:" + "0" * 32), **options)
     assert caught.value.kind == "sharded-codes"
+
+
+def test_an_interval_is_for_what_saves_by_itself(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="interval has no say here"):
+        TailorCallback(tmp_path, interval="auto")
+    with pytest.raises(InvalidInputError, match="interval has no say here"):
+        refuse_interval({"interval": Interval(mtbf_hours=3)})
+    refuse_interval({"interval": None})

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import SeedableRandomSampler, get_sampler
 from accelerate.utils import DistributedType
 
+from ..engine_options import refuse_interval
 from ..errors import InvalidInputError, NotFoundError, UnsupportedError
 from ..model_state import is_adapted
 from ..resume import ResumeLimits
@@ -105,6 +106,7 @@ class TailorCheckpointer:
         **options: Unpack[RunOptions],
     ) -> None:
         _check(accelerator, options.get("on_sigterm"))
+        refuse_interval(options)
         self._accelerator = accelerator
         self.directory = _find_directory(accelerator) if directory is None else Path(directory)
         """The run."""

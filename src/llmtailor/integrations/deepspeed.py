@@ -22,7 +22,7 @@ from typing import Any, Unpack
 
 from ..checkpoint import Checkpoint, describe_layers, open_checkpoint
 from ..checkpointer import Checkpointer
-from ..engine_options import EngineOptions, check_options, engine_options
+from ..engine_options import EngineOptions, check_options, engine_options, refuse_interval
 from ..errors import InvalidInputError, NotFoundError, UnsupportedError
 from ..manifest import MANIFEST_NAME
 from ..meeting import Outcome
@@ -79,6 +79,7 @@ def install(
         UnsupportedError: The engine spreads its state in a way that is not known here (stage 0, MiCS, hpZ, experts).
     """
     check_options(engine_options(options))
+    refuse_interval(options)
     if not hasattr(engine, "load_checkpoint") or not hasattr(engine, "global_steps"):
         raise InvalidInputError(
             "not a DeepSpeed engine",

@@ -39,7 +39,7 @@ from lightning.pytorch.strategies import (
 
 from .. import strategies
 from ..checkpointer import Checkpointer
-from ..engine_options import EngineOptions, check_options, engine_options
+from ..engine_options import EngineOptions, check_options, engine_options, refuse_interval
 from ..errors import InvalidInputError, UnsupportedError
 from ..manifest import MANIFEST_NAME
 from ..ranks import join_ranks
@@ -111,6 +111,7 @@ class TailorCallback(Callback):
         if unknown := sorted(set(options) - set(EngineOptions.__annotations__)):
             raise InvalidInputError("unknown option", kind="option", found=", ".join(unknown))
         check_options(options)
+        refuse_interval(options)
         self._directory = None if directory is None else Path(directory)
         self._session_options = SessionOptions(
             is_one_at_a_time=options.get("max_in_flight", 1) == 1 and options.get("when_busy", "wait") == "wait",
