@@ -64,6 +64,7 @@ LEVELS = {
     "diff": 5,
     "drift_log": 5,
     "flag_log": 5,
+    "hold_back": 5,
     "engine_options": 5,
     "inventory": 5,
     "layer_opening": 5,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Protocol, Unpack
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .ballots import Ballots
 from .checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from .drift import LayerDrift
 from .engine_options import DEFAULT_COMMIT_TIMEOUT_SECS, EngineOptions, check_options
 from .errors import InvalidInputError, StrategyIgnoredWarning, WriteError
 from .flag_log import log_flags_and
+from .hold_back import hold_back
 from .interval import parse_interval
 from .lineage import Lineage
 from .live_state import LiveLayers, LiveReader
@@ -35,7 +35,7 @@ from .local_parts import Seat
 from .manifest import INDEX_NAME
 from .meeting import Meeting, open_together
 from .model_state import ModelState, is_adapted
-from .monitor import GradientNorms, Watch
+from .monitor import Watch
 from .open_runs import OpenRun
 from .pace import Pace
 from .ranks import Ranks
@@ -142,23 +142,27 @@ class Checkpointer:
             on_published = log_flags_and(on_published, self._tiers)
         self._lineage = Lineage(self._tiers, session, seat, on_published=None if seat.rank else on_published)
         timeout_secs = options.get("commit_timeout_secs", DEFAULT_COMMIT_TIMEOUT_SECS)
-        is_watched = options.get("monitor", False) or self._strategy.needs_drift
-        has_gradients = options.get("monitor") == "gradients"
-        watch = Watch(self.meeting, self._directory, timeout_secs, self._tiers.notices.append, has_gradients)
-        self._watch = watch if is_watched else None
+        self._watch = self._make_watch(timeout_secs)
         interval = parse_interval(options.get("interval"))
         self.pace = Pace(self._strategy, interval, self.meeting, parse_keep(keep), timeout_secs)
         """When to save next, if that is decided here."""
         self._ballots: Ballots | None = None
         if ranks is not None:
             self._ballots = Ballots(ranks, self._directory, timeout_secs, newest=lambda: self._lineage.newest)
-        gradients = None if self._watch is None else self._watch.gradients
-        hook = register_optimizer_step_pre_hook(_hold_back(weakref.ref(self._engine), gradients))
+        hook = hold_back(self._engine, None if self._watch is None else self._watch.gradients)
         self._open_run = OpenRun(self._directory, hook, self._engine, self._tiers)
         self._outcomes = SaveOutcomes(self._open_run)
         # Whoever forgets to close it still gets the saves in flight, and the run's lock goes with it.
         self._finalizer = weakref.finalize(self, self._open_run.forget)
         self._finalizer.atexit = False
+
+    def _make_watch(self, timeout_secs: float) -> Watch | None:
+        """What measures how layers move, if this run does."""
+        monitor = self._options.get("monitor", False)
+        if not monitor and not self._strategy.needs_drift:
+            return None
+        on_warning = self._tiers.notices.append
+        return Watch(self.meeting, self._directory, timeout_secs, on_warning, has_gradients=monitor == "gradients")
 
     @property
     def directory(self) -> Path:
@@ -195,16 +199,28 @@ class Checkpointer:
         self.drain()
         return load_resumable(self._tiers.all, plan, meeting=self.meeting, **limits)
 
-    def begin(self, parent: Checkpoint | None) -> None:
+    def begin(
+        self,
+        parent: Checkpoint | None,
+        module: torch.nn.Module | None = None,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
         """Start a lineage: the next save follows ``parent``, or nothing.
 
         Without a parent the next save is full. With one, layers that it does not write are linked from it.
+
+        Args:
+            parent: What training goes on from.
+            module: The bare model, if all is loaded; else call ``watch`` when it is.
+            optimizers: Its optimizers.
         """
         self.drain()
         self._newest = None
         self._lineage.begin(parent)
         self._parent = parent
         self.pace.begin(0 if parent is None else parent.manifest.step)
+        if module is not None:
+            self.watch(module, optimizers)
 
     def prepare(
         self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, contents: Contents = "full"
@@ -478,21 +494,3 @@ def _take_seat(ranks: Ranks | None, options: EngineOptions) -> Seat:
     if ranks is None:
         return Seat()
     return Seat(rank=ranks.rank, size=ranks.size, spread=options.get("spread_layers", False))
-
-
-def _hold_back(engine: weakref.ref[Engine], gradients: GradientNorms | None) -> Callable[..., None]:
-    """What an optimizer does before each step: wait until the state it is about to change is captured.
-
-    For all optimizers of the process: one that the run was not told of may change its model, too. Source: torch 2.13,
-    optim/optimizer.py (register_optimizer_step_pre_hook, profile_hook_step): called by every subclass's ``step``.
-    """
-
-    def wait(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        live = engine()
-        if live is None:
-            return
-        live.wait_until_captured()
-        if gradients is not None:
-            gradients.note(optimizer)
-
-    return wait

@@ -1,7 +1,7 @@
-"""Steps that all ranks take together before and after training: opening a run, choosing a checkpoint, loading it.
+"""Steps that all ranks take together: opening a run, choosing a checkpoint, loading it.
 
 Nobody trains meanwhile, so these wait for each other; a rank that fails makes all fail, with its error. In a single
-process each is what that process says.
+process each is what that process says. ``add_up``, and ``tell`` with a deadline, are for saves that need it.
 """
 
 from __future__ import annotations

@@ -253,8 +253,6 @@ def plan_save(
     chosen = choose_layers(strategy, context)
     planned = [_plan_layer(choice, live, rest, previous) for choice in chosen]
     kept = frozenset(choice.layer for choice in chosen if not choice.is_saved) if rest is None else frozenset[str]()
-    told: dict[str, object] = {"step": step, "save_index": save_index, "contents": contents, "strategy": strategy.text}
-    told |= {"rest": rest and rest.text, "layers": [[each.layer, each.is_saved, each.reason] for each in chosen]}
     return SavePlan(
         step=step,
         save_index=save_index,
@@ -269,11 +267,20 @@ def plan_save(
         kept=kept,
         seat=seat,
         layout=live.layout,
-        choice=digest_choice(told),
+        choice=_digest(context, chosen, contents, strategy, rest),
         has_whole_weights=not any(_has_part_of_weights(image, seat) for image in live.images.values()),
         drifts=drifts,
         shares=shares,
     )
+
+
+def _digest(
+    context: SaveContext, chosen: Sequence[Choice], contents: Contents, strategy: Strategy, rest: Rest | None
+) -> str:
+    """Of what is to be written, and by which rule."""
+    told: dict[str, object] = {"step": context.step, "save_index": context.save_index}
+    told |= {"contents": contents, "strategy": strategy.text, "rest": rest and rest.text}
+    return digest_choice(told | {"layers": [[each.layer, each.is_saved, each.reason] for each in chosen]})
 
 
 def _refuse_codes(rest: Rest) -> UnsupportedError:

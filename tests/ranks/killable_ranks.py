@@ -230,6 +230,9 @@ def train(command: dict[str, Any], rank: int, ports: tuple[int, int]) -> None:
     dist.barrier()
     set_trap(trap, command, run)
     save(run, step + 2)
+    if rank == command.get("victim") and run._checkpointer._ballots is not None:
+        # Still alive, so it ends as others do: it may keep the store, and its peers have not heard the verdict yet.
+        run._checkpointer._ballots.part()
     say(event="counted", **trap.counts)
     if goes_on := command.get("goes_on"):
         while not os.path.exists(goes_on):

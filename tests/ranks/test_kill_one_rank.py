@@ -153,8 +153,7 @@ class Watched:
             assert last["event"] in ("saved", "failed"), said
             assert last["secs"] < DEADLINE_SECS + SLACK_SECS, last
             if last["event"] == "failed":
-                # Rank 0 keeps the store, and these ranks do not wait for each other when they end.
-                assert is_dead or victim == 0
+                assert is_dead
                 assert last["kind"] in ("rank-late", "rank-failed"), last
                 assert f"rank {victim}" in last["text"], last
             self.states[last["event"]] += 1

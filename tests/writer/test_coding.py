@@ -236,7 +236,7 @@ class NoHook:
 def test_without_the_hook_codes_are_torn_and_the_comparison_sees_it(
     fast_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpointer, "register_optimizer_step_pre_hook", lambda hook: NoHook())
+    monkeypatch.setattr(checkpointer, "hold_back", lambda engine, gradients: NoHook())
     monkeypatch.setattr(Saving, "check_unchanged", lambda self: None)
     get = Kernels.get
 

@@ -144,7 +144,7 @@ class NoHook:
 @pytest.fixture
 def _no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing holds optimizers up, and copying is slow."""
-    monkeypatch.setattr(checkpointer, "register_optimizer_step_pre_hook", lambda hook: NoHook())
+    monkeypatch.setattr(checkpointer, "hold_back", lambda engine, gradients: NoHook())
     fill = ImageReader.fill
 
     def fill_slowly(reader: ImageReader, piece: Any, nbytes: int) -> None:

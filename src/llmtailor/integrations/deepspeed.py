@@ -212,14 +212,12 @@ class DeepSpeedRun:
         is_newest = is_run and tag is None
         loaded = self._load(checkpointer, None if is_newest else path, has_optimizer=has_optimizer)
         if loaded is None:
-            checkpointer.begin(None)
-            checkpointer.watch(self._engine.module, [self._engine.optimizer])
+            checkpointer.begin(None, self._engine.module, [self._engine.optimizer])
             return None, None
         found, load, state = loaded
         load.finish(None if load_module_only else state, with_schedule=load_lr_scheduler_states)
         checkpointer.meeting.agree(Outcome())
-        checkpointer.begin(found)
-        checkpointer.watch(self._engine.module, [self._engine.optimizer])
+        checkpointer.begin(found, self._engine.module, [self._engine.optimizer])
         if checkpointer.seat.rank == 0:
             sys.stderr.write(describe_layers(found) + "\n")
         return str(found.path), state.client_state

@@ -254,8 +254,7 @@ class LightningSession:
             )
 
     def _restore(self, found: Checkpoint, small: _Small) -> dict[str, Any]:
-        self.checkpointer.begin(found)
-        self.checkpointer.watch(self.trainer.lightning_module, self.trainer.optimizers)
+        self.checkpointer.begin(found, self.trainer.lightning_module, self.trainer.optimizers)
         self._loaded = found
         self._last = (found.manifest.step, "full")
         self._rng = small.rng

@@ -203,8 +203,7 @@ class Run:
         else:
             found = load_named(Path(checkpoint), plan, self._checkpointer.meeting, max_staleness=max_staleness)
         if found is None:
-            self._checkpointer.begin(None)
-            self._checkpointer.watch(self._model, self._optimizers)
+            self._checkpointer.begin(None, self._model, self._optimizers)
             return 0
         step, states, rng = small[found.path]
         try:
@@ -215,8 +214,7 @@ class Run:
             self._checkpointer.meeting.agree(Outcome(error=err))
             raise
         self._checkpointer.meeting.agree(Outcome())
-        self._checkpointer.begin(found)
-        self._checkpointer.watch(self._model, self._optimizers)
+        self._checkpointer.begin(found, self._model, self._optimizers)
         if not self._rank:
             sys.stderr.write(describe_layers(found) + "\n")
         return step

@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from ..checkpoint import Checkpoint
 from ..drift import LayerDrift, mean_age, shares_of_progress
 from ..drift_log import log_measurement
-from ..errors import SaveFailedWarning, TailorWarning
+from ..errors import FormatError, SaveFailedWarning, TailorWarning
+from ..formats.safetensors import open_file
 from ..layers import part_suffix
 from ..live_state import LiveLayers
 from ..manifest import Manifest
 from ..meeting import Meeting
 from ..save_plan import SavePlan
+from ..strict_json import parse_object
 from ..writer import CodedImage
 from .gradients import GradientNorms
 from .monitor import START, Look, Monitor
@@ -81,7 +82,7 @@ class Watch:
         """
         look = self._monitor.look(live)
         records = {} if parent is None else {record.name: record for record in parent.manifest.layers}
-        kept = {} if parent is None else _read_references(parent.path, self._file_name)
+        kept = {} if parent is None else _read_references(parent.path / self._file_name)
         references = {}
         for name in look.picks:
             now, record = look.weights_of(name), records.get(name)
@@ -112,7 +113,7 @@ class Watch:
             TailorError: What ``read`` raised, on this rank or another.
             WriteError: Kind ``rank-late``.
         """
-        steps = saved_steps(parent)
+        steps = _saved_steps(parent)
         try:
             live = read()
             look = self._monitor.look(live)
@@ -141,7 +142,7 @@ class Watch:
             parent: The checkpoint before.
         """
         assert self._look is not None
-        steps = saved_steps(parent)
+        steps = _saved_steps(parent)
         stale = {name: self.ages[name] if name in plan.kept else 0 for name in self.ages}
         self.expected_loss_steps = mean_age(stale, self.shares)
         self._monitor.note_save(plan.step, self._look, steps)
@@ -196,7 +197,7 @@ class Watch:
             self._on_warning(SaveFailedWarning(f"a measurement was not logged: {error}"))
 
 
-def saved_steps(parent: Manifest | None) -> dict[str, int]:
+def _saved_steps(parent: Manifest | None) -> dict[str, int]:
     """Layer -> step of its last exact save."""
     return {} if parent is None else {record.name: record.step for record in parent.layers}
 
@@ -205,13 +206,26 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else value
 
 
-def _read_references(checkpoint: Path, name: str) -> dict[str, tuple[int, npt.NDArray[np.float32]]]:
-    """What was kept for layers in codes; nothing if the file is not there or not ours, as in older checkpoints."""
-    try:
-        data = (checkpoint / name).read_bytes()
-        tensors = load(data)
-        length = int.from_bytes(data[:8], "little")
-        steps = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["steps"])
-        return {layer: (int(steps[layer]), values.astype(np.float32)) for layer, values in tensors.items()}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+def _read_references(path: Path) -> dict[str, tuple[int, npt.NDArray[np.float32]]]:
+    """What was kept for layers in codes; nothing if the file is not there, as where no layer is, or nobody measured.
+
+    Raises:
+        FormatError: It is no such file.
+    """
+    if not path.exists():
         return {}
+    file = open_file(path)
+    steps = parse_object(file.header.metadata.get("steps", "").encode(), what="the steps of references", path=path)
+    found = {}
+    for name, stored in file.header.tensors.items():
+        if stored.meta.dtype != "F32" or type(steps.get(name)) is not int:
+            raise FormatError(
+                "references of layers do not say of which save they are",
+                kind="bad-references",
+                path=path,
+                layer=name,
+                expected="F32 entries, and a step in the metadata",
+                found=f"{stored.meta.dtype}, {steps.get(name)!r:.40}",
+            )
+        found[name] = (steps[name], np.frombuffer(file.tensor_bytes(name), np.float32).copy())
+    return found
