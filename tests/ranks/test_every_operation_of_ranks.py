@@ -6,18 +6,20 @@ Never is half a checkpoint seen, both ranks are told in typed errors, and the ne
 from __future__ import annotations
 
 import errno
+import os
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from faults import Fault, FaultyFileSystem, memory_directory, staged_names
 from llmtailor.errors import WriteError
-from llmtailor.storage import direct_file, staging
+from llmtailor.storage import LocalFileSystem, direct_file, staging
 from llmtailor.strategies import SaveContext
 from llmtailor.writer import engine
-from ranks.rank_threads import Team, kinds, published, team
+from ranks.rank_threads import NEVER, Team, check_next_save_works, kinds, published, team
 
 pytestmark = pytest.mark.filterwarnings("ignore::llmtailor.errors.TailorWarning")
 KINDS = {errno.EIO: "io", errno.ENOSPC: "no-space"}
@@ -97,6 +99,44 @@ def check_visible(found: Team, step: int) -> None:
     for entry in sorted(names):
         assert {each.name for each in (found.directory / entry).glob("state-*")} == {"state-0.json", "state-1.json"}
         assert (found.directory / entry / "tailor.json").is_file()
+
+
+class FullUntilOthersAreDone(LocalFileSystem):
+    """Has no room for an attempt's own directory, so many times, and says so when the other rank has delivered."""
+
+    num_refusals = 0
+
+    def make_directory(self, path: Path) -> None:
+        if path.parent.name == "rank-00000" and self.num_refusals:
+            self.num_refusals -= 1
+            vote = path.parents[1] / "votes" / "rank-00001.json"
+            wait_until(vote.is_file)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        super().make_directory(path)
+
+
+@pytest.mark.parametrize(
+    ("num_refusals", "expected"), [(1, [None, None]), (2, ["no-space", "rank-failed"])], ids=["once", "twice"]
+)
+def test_second_try_for_room_finds_what_others_delivered(
+    run: Path, num_refusals: int, expected: list[str | None]
+) -> None:
+    filesystems = [FullUntilOthersAreDone(), LocalFileSystem()]
+    with team(run, 2, strategy=same_every_time, filesystems=filesystems) as found:
+        found.save(1)
+        filesystems[0].num_refusals = num_refusals
+        assert kinds(found.save(2)) == expected
+        assert filesystems[0].num_refusals == 0
+        assert staged_names(run) == set()
+        check_next_save_works(found, 3)
+    assert published(run) == ([1, 2, 3] if expected == [None, None] else [1, 3])
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + NEVER
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_ranks_leave_nothing_behind_but_what_could_not_be_removed(run: Path) -> None:

@@ -62,6 +62,8 @@ class SharedCheckpoint(StagedCheckpoint):
             try:
                 super().__init__(filesystem, shared / _rank_name(seat.rank), target, on_warning)
             except WriteError as err:
+                # What others have handed over stays: room may be found, and this be tried again.
+                self._leave()
                 # A rank whose part has failed already may have been the last to leave.
                 if is_last or not isinstance(err.__cause__, FileNotFoundError):
                     raise
@@ -127,7 +129,7 @@ class SharedCheckpoint(StagedCheckpoint):
         with translate_os_errors("publish a checkpoint", self._target):
             self._filesystem.rename(self._common, self._target)
         self._remove(self._votes)
-        super().abandon()
+        self._discard_own()
         self._leave()
         return self._target
 

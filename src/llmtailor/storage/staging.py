@@ -158,7 +158,7 @@ class StagedCheckpoint:
                 filesystem.make_directory(attempt)
                 filesystem.make_directory(self.path)
         except WriteError:
-            self.abandon()
+            self._discard_own()
             raise
 
     @property
@@ -307,6 +307,9 @@ class StagedCheckpoint:
 
         No thread may be writing any more.
         """
+        self._discard_own()
+
+    def _discard_own(self) -> None:
         for descriptor in [*self._open_files, *self._unfinished]:
             with contextlib.suppress(OSError):
                 self._filesystem.close(descriptor)
