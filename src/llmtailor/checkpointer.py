@@ -15,6 +15,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol, Unpack
 
@@ -108,7 +109,8 @@ class Checkpointer:
         """Of the ranks, for what they do together."""
         self._strategy = parse_strategy(strategy)
         self._rest = parse_rest(options.get("rest", SKIP))
-        self._seat = seat = _take_seat(ranks, options)
+        spread = options.get("spread_layers", False)
+        self._seat = seat = Seat() if ranks is None else Seat(rank=ranks.rank, size=ranks.size, spread=spread)
         self._reader: StateReader = LiveReader(split_experts=split_experts, overrides=layer_overrides, seat=seat)
         self._options = options
         self._is_blocking = options.get("capture", "lazy") == "blocking"
@@ -120,18 +122,7 @@ class Checkpointer:
         self.num_skipped = 0
         """Saves that were left out because another was in flight."""
 
-        def open_tiers(seat: StagingSeat | None) -> Tiers:
-            return Tiers(
-                self._directory,
-                keep=keep,
-                keep_consistent=keep_consistent,
-                mirror=options.get("mirror"),
-                mirror_keep=options.get("mirror_keep"),
-                keep_optimizer=options.get("keep_optimizer"),
-                filesystem=filesystem,
-                seat=seat,
-            )
-
+        open_tiers = partial(self._open_tiers, keep=keep, keep_consistent=keep_consistent, filesystem=filesystem)
         self._tiers, session = open_together(self.meeting, self._directory, open_tiers)
         try:
             self._engine = Engine(self._tiers.run, pool_nbytes=options.get("pool_nbytes"))
@@ -155,6 +146,25 @@ class Checkpointer:
         # Whoever forgets to close it still gets the saves in flight, and the run's lock goes with it.
         self._finalizer = weakref.finalize(self, self._open_run.forget)
         self._finalizer.atexit = False
+
+    def _open_tiers(
+        self,
+        seat: StagingSeat | None,
+        *,
+        keep: Keep | int | str | None,
+        keep_consistent: bool,
+        filesystem: LocalFileSystem | None,
+    ) -> Tiers:
+        return Tiers(
+            self._directory,
+            keep=keep,
+            keep_consistent=keep_consistent,
+            mirror=self._options.get("mirror"),
+            mirror_keep=self._options.get("mirror_keep"),
+            keep_optimizer=self._options.get("keep_optimizer"),
+            filesystem=filesystem,
+            seat=seat,
+        )
 
     def _make_watch(self, timeout_secs: float) -> Watch | None:
         """What measures how layers move, if this run does."""
@@ -488,9 +498,3 @@ class Checkpointer:
             failures = self._outcomes.take_failures()
         if failures:
             raise failures[-1]
-
-
-def _take_seat(ranks: Ranks | None, options: EngineOptions) -> Seat:
-    if ranks is None:
-        return Seat()
-    return Seat(rank=ranks.rank, size=ranks.size, spread=options.get("spread_layers", False))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,3 +22,13 @@ def mounts(tmp_path: Path) -> Iterator[Mounts]:
     mounts = Mounts(tmp_path)
     yield mounts
     mounts.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_dies() -> Iterator[None]:
+    """An error that ends a thread of the engine's would be said nowhere else."""
+    died: list[Any] = []
+    before, threading.excepthook = threading.excepthook, died.append
+    yield
+    threading.excepthook = before
+    assert not died
