@@ -17,6 +17,7 @@ import pytest
 
 from crash_model import CrashState, RecordingFileSystem, build_image, crash_states
 from faults import memory_directory, new_tree
+from llmtailor import ballots
 from llmtailor.checkpoint import open_checkpoint
 from llmtailor.errors import WriteError
 from llmtailor.manifest import MANIFEST_NAME, Manifest
@@ -346,6 +347,7 @@ MUTANTS = [
 def test_every_guard_is_needed(
     fast_directory: Path, monkeypatch: pytest.MonkeyPatch, mutate: Callable[[pytest.MonkeyPatch], dict[str, Any]]
 ) -> None:
+    monkeypatch.setattr(ballots, "_PART_SECS", 0.1)  # some mutants never say that they heard
     filesystem = record(fast_directory, 2, steps=1, **mutate(monkeypatch))
     assert next(violations(filesystem, fast_directory, 2), None) is not None
 
