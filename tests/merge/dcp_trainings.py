@@ -12,9 +12,6 @@ is written with ``torch.save`` by rank 0: whole tensors by name, gathered by tor
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,36 +32,11 @@ def run(num_ranks: int, *arguments: object) -> None:
     """Run this file on so many ranks and wait; for the tests.
 
     Raises:
-        RuntimeError: A rank failed; carries what all of them printed.
+        AssertionError: A rank failed; carries what all of them printed.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(num_ranks),
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, *map(str, arguments)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if any(process.returncode for process in processes):
-        raise RuntimeError("\n".join(outputs))
+    from ranks.launch import run_ranks  # which the program itself does without
+
+    run_ranks(Path(__file__), num_ranks, *arguments)
 
 
 class Sentences(Dataset[dict[str, torch.Tensor]]):

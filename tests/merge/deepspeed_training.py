@@ -1,6 +1,6 @@
 """Real trainings with the HF Trainer or a plain engine under DeepSpeed, on CPU over gloo; run by ``run_trainings``.
 
-    torchrun --nproc_per_node=2 deepspeed_training.py jobs.json
+    deepspeed_training.py jobs.json, on each rank
 
 One launch does many trainings after each other: importing the libraries takes longer than any of them.
 """
@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 VOCABULARY = 67  # odd, so that partitions do not divide the tensors evenly
-# DeepSpeed's own Adam is compiled on first use, for minutes; so this is kept from one run to the next.
-EXTENSIONS = Path(tempfile.gettempdir()) / "llmtailor-torch-extensions"
 _OPTIMIZER_LEAVES = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 
 
@@ -69,19 +64,10 @@ def run_trainings(trainings: Sequence[Training], *, ranks: int, scratch: Path, t
     """Run trainings in one launch of ``ranks`` processes; raises with the end of their output if one fails."""
     jobs = scratch / f"jobs-{ranks}-{hashlib.sha256(repr(trainings).encode()).hexdigest()[:8]}.json"
     jobs.write_text(json.dumps([asdict(training) for training in trainings]))
-    # Without --standalone, two launches on one machine meet at port 29500.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    finished = subprocess.run(
-        [*command, __file__, str(jobs)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        | {"TORCH_EXTENSIONS_DIR": str(EXTENSIONS), "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout_secs,
-    )
-    if finished.returncode:
-        raise RuntimeError(f"{finished.stdout[-3000:]}\n{finished.stderr[-6000:]}")
+    from ranks.launch import run_ranks  # which the program itself does without
+
+    environment = {"DS_ACCELERATOR": "cpu"}
+    run_ranks(Path(__file__), ranks, jobs, environment=environment, timeout_secs=timeout_secs)
 
 
 def _main() -> None:

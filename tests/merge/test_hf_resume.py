@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +18,7 @@ from llmtailor.catalog import Catalog
 from llmtailor.formats.hf import open_hf, plan_hf
 from merge import hf_stock
 from merge.merges import merge_layers, merge_with_itself
+from ranks.launch import run_ranks
 from tiny_models import (
     assert_same,
     build_llama,
@@ -226,13 +224,9 @@ def test_groups_of_another_tool_are_resumed_by_the_stock_trainer(tmp_path: Path)
 
 @pytest.mark.slow
 def test_checkpoint_of_two_ranks_is_resumed_by_two_ranks(tmp_path: Path) -> None:
-    def launch(output: Path, stop: int, start: Path | None = None) -> None:
-        script = Path(__file__).parent / "hf_ddp_training.py"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-        arguments = [str(output), str(stop), *([] if start is None else [str(start)])]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "ignore"}
-        finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)
-        assert finished.returncode == 0, finished.stderr[-3000:]
+    def launch(output: Path, stop: int, *start: Path) -> None:
+        environment = {"PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "ignore"}
+        run_ranks(Path(__file__).parent / "hf_ddp_training.py", 2, output, stop, *start, environment=environment)
 
     launch(tmp_path / "run", 6)
     source = tmp_path / "run" / "checkpoint-4"

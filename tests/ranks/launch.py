@@ -6,10 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TIMEOUT_SECS = 240
+# DeepSpeed's own Adam is compiled on first use, for minutes; so this is kept from one run to the next.
+_EXTENSIONS = Path(tempfile.gettempdir()) / "llmtailor-torch-extensions"
 _PROCESS = Path(__file__).with_name("rank_process.py")
 
 
@@ -71,6 +74,7 @@ def start_ranks(
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_EXTENSIONS_DIR": str(_EXTENSIONS),
         **(environment or {}),
     }
     return [

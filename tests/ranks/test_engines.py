@@ -22,12 +22,11 @@ from llmtailor.shards import whole_shard
 from llmtailor.state_keys import state_key
 from llmtailor.tensor_bytes import torch_dtype
 from llmtailor.verify import verify_checkpoint
-from merge.deepspeed_training import EXTENSIONS
 from ranks.launch import Launches, run_ranks
 from ranks.loop_trainings import digests
 
 PROGRAM = Path(__file__).parent / "engine_trainings.py"
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
 FAST = ["zero1-full-bf16", "zero2-parity-fp32", "zero3-full-fp32", "zero3-parity-bf16"]
 # The first engine of stage 3 changes torch.nn.functional.linear for all that follow in a process: in order of stages.
 MATRIX = [

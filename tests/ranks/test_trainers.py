@@ -11,11 +11,10 @@ import pytest
 
 from llmtailor.checkpoint import open_checkpoint
 from llmtailor.verify import verify_checkpoint
-from merge.deepspeed_training import EXTENSIONS
 from ranks.launch import Launches, run_ranks
 
 PROGRAM = Path(__file__).parent / "trainer_trainings.py"
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
 # accelerate's state is one for a process, so each of these is a launch of its own. The first two are the fast ones.
 LAUNCHES = [
     ["ddp-full-fp32", "ddp-parity-fp32"],

@@ -1,13 +1,11 @@
 """Trainings of real DeepSpeed engines that are read, and resumed from whole tensors in memory; run by ``run_jobs``.
 
-torchrun --nproc_per_node=2 zero_states.py jobs.json
+zero_states.py jobs.json, on each rank
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -54,22 +52,12 @@ class Job:
 
 def run_jobs(jobs: Sequence[Job], *, ranks: int, scratch: Path, timeout_secs: float = 280) -> None:
     """Run jobs one after the other in one launch; raises with the end of their output if one fails."""
-    from merge.deepspeed_training import EXTENSIONS
+    from ranks.launch import run_ranks  # which the program itself does without
 
     file = scratch / f"jobs-{ranks}-{len(list(scratch.glob('jobs-*')))}.json"
     file.write_text(json.dumps([asdict(job) for job in jobs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    finished = subprocess.run(
-        [*command, __file__, str(file)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        | {"TORCH_EXTENSIONS_DIR": str(EXTENSIONS), "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout_secs,
-    )
-    if finished.returncode:
-        raise RuntimeError(f"{finished.stdout[-3000:]}\n{finished.stderr[-6000:]}")
+    environment = {"DS_ACCELERATOR": "cpu"}
+    run_ranks(Path(__file__), ranks, file, environment=environment, timeout_secs=timeout_secs)
 
 
 def assemble(metas: Mapping[str, Any], parts: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, Any]:
