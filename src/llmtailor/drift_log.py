@@ -1,4 +1,4 @@
-"""``drift.jsonl`` in a run's directory: a line for each measurement of its layers.
+"""Where measurements of a run's layers are told: ``drift.jsonl`` in its directory, a line for each; and trackers.
 
     {"step": 400, "expected_loss_steps": 12.5, "layers": {"layers.0": {"age": 100, "drift": 0.021, ...}, ...}}
 
@@ -16,7 +16,7 @@ from typing import Any
 from .errors import WriteError
 from .storage import append_line, read_lines
 
-__all__ = ["DRIFT_LOG_NAME", "log_measurement", "read_measurements"]
+__all__ = ["DRIFT_LOG_NAME", "curves_of", "log_measurement", "read_measurements"]
 
 DRIFT_LOG_NAME = "drift.jsonl"
 
@@ -28,6 +28,15 @@ def log_measurement(run: Path, measurement: Mapping[str, Any]) -> WriteError | N
     except WriteError as err:
         return err
     return None
+
+
+def curves_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What of a measurement a trainer logs by itself: a curve for each layer, and one for the run.
+
+    Args:
+        metrics: The measurement, flat, as ``Run.metrics`` has it.
+    """
+    return {name: value for name, value in metrics.items() if name.startswith(("drift/", "expected_loss"))}
 
 
 def read_measurements(run: Path) -> dict[int, Mapping[str, Any]]:

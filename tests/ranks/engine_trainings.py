@@ -78,6 +78,7 @@ def begin(directory: Path, case: str) -> None:
         if step + 1 in SAVES:
             engine.save_checkpoint(str(directory / case), client_state={"step": step + 1})
     assert run.last_save is not None
+    assert bool(run.metrics) == ("-full-" in case)
     run.last_save.result(60)
 
 

@@ -147,6 +147,18 @@ def test_load_state_loads_a_named_checkpoint(accelerator: Accelerator, tmp_path:
         assert torch.equal(tensor, saved[name]), name
 
 
+def test_metrics_say_how_layers_move(accelerator: Accelerator) -> None:
+    model, optimizer = prepare(accelerator)
+    with TailorCheckpointer(accelerator, strategy="parity", monitor=True) as checkpointer:
+        assert checkpointer.metrics == {}
+        assert checkpointer.resume() == 0
+        for _ in range(2):
+            train(model, optimizer)
+            checkpointer.save_state()
+        assert checkpointer.metrics["drift/0"] > 0
+        assert checkpointer.metrics["age/0"] == 1
+
+
 def test_load_state_refuses_an_empty_run_and_resume_starts_it(accelerator: Accelerator) -> None:
     prepare(accelerator)
     with TailorCheckpointer(accelerator) as checkpointer:

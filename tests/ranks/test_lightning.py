@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -138,12 +140,11 @@ class Module(LightningModule):
 
 
 def make_trainer(directory: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    defaults = {"max_epochs": 3, "num_sanity_val_steps": 0}
+    defaults = {"max_epochs": 3, "num_sanity_val_steps": 0, "logger": False}
     return Trainer(
         accelerator="cpu",
         devices=1,
         callbacks=list(callbacks),
-        logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
@@ -246,6 +247,32 @@ def test_top_k_keeps_the_checkpoints_that_have_a_name(tmp_path: Path) -> None:
     assert len(kept) <= len(set(names.values())) + 1
     metrics = trainer.validate(Module(), DataLoader(Numbers(), batch_size=3), ckpt_path="best", verbose=False)
     assert metrics[0]["val_loss"] == pytest.approx(float(saves.best_model_score))
+
+
+class LoggingModule(Module):
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+def test_loggers_are_told_how_layers_move(tmp_path: Path) -> None:
+    """Once for each step that is saved, beside the loss of its batch."""
+    run = tmp_path / "run"
+    saves = every_step(run, save_last=True)
+    tracker = CSVLogger(tmp_path, name="logs", version="")
+    tailor = TailorCallback(strategy="parity", monitor=True)
+    options: dict[str, Any] = {"logger": tracker, "log_every_n_steps": 1, "accumulate_grad_batches": 2}
+    make_trainer(tmp_path, tailor, saves, **options).fit(LoggingModule(), make_loader())
+    with open(tracker.experiment.metrics_file_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    drifts = {int(row["step"]): row for row in rows if row.get("drift/blocks.0")}
+    assert len(drifts) == sum(bool(row.get("drift/blocks.0")) for row in rows) == 6
+    assert drifts.keys() == {int(row["step"]) for row in rows if row["loss"]}
+    for row, step in zip(drifts.values(), range(1, 7), strict=True):
+        told = {layer.name: layer.drift for layer in open_checkpoint(run / f"checkpoint-{step}").manifest.layers}
+        assert {name: float(row[f"drift/{name}"]) for name in told} == pytest.approx(told, rel=1e-3)
+        assert row["expected_loss_steps"]
 
 
 def test_the_runs_directory_resumes_the_newest_that_verifies(tmp_path: Path) -> None:

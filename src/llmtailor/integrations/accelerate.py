@@ -239,6 +239,14 @@ class TailorCheckpointer:
                 hint="make it after the last prepare() and register_for_checkpointing()",
             )
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """How layers moved, as of the newest save: ``accelerator.log(checkpointer.metrics, step=step)``.
+
+        As ``Run.metrics``; empty if nothing was measured.
+        """
+        return self._run.metrics
+
     def wait_until_captured(self) -> None:
         """Wait until no save refers to the live state any more; before anything but ``optimizer.step()`` changes it."""
         self._run.wait_until_captured()

@@ -275,6 +275,11 @@ class DeepSpeedRun:
         if open_checkpoint(checkpoint).manifest.step in self._latest and self._checkpointer is not None:
             self._checkpointer.write_pointer(_LATEST, checkpoint.name + "\n")
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """How layers moved, as of the newest save; as ``Run.metrics``, and empty if nothing was measured."""
+        return {} if self._checkpointer is None else self._checkpointer.metrics
+
     def wait_until_captured(self) -> None:
         """Wait until no save refers to the live state; before anything but ``engine.step()`` changes it."""
         if self._checkpointer is not None:

@@ -21,6 +21,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from ..checkpoint import Checkpoint, describe_layers
 from ..checkpointer import Checkpointer
+from ..drift_log import curves_of
 from ..errors import (
     FormatError,
     IncompatibleError,
@@ -122,8 +123,19 @@ class LightningSession:
         handle = self._save(step, contents, checkpoint)
         self.last_save = handle
         if handle.error is None:
+            if self._last is None or self._last[0] != step:  # a step that is saved again was measured once
+                self._log_curves()
             self._last = (step, contents)
         self.names.add(handle, path)
+
+    def _log_curves(self) -> None:
+        """Tell the Trainer's loggers how layers moved, beside what else it tells them of these batches.
+
+        Source: lightning 2.6, pytorch/callbacks/lr_monitor.py (on_train_batch_start).
+        """
+        if curves := curves_of(self.checkpointer.metrics):
+            for tracker in self.trainer.loggers:
+                tracker.log_metrics(curves, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _save(self, step: int, contents: Contents, checkpoint: Mapping[str, Any]) -> SaveHandle:
         small = {key: value for key, value in checkpoint.items() if key != "state_dict"}

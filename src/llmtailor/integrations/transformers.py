@@ -38,6 +38,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..checkpoint import describe_layers, open_checkpoint, require_optimizer
 from ..checkpointer import Checkpointer
+from ..drift_log import curves_of
 from ..engine_options import EngineOptions, check_options, engine_options
 from ..errors import (
     FormatError,
@@ -252,8 +253,8 @@ class TailorMixin(EngineOfTrainer, _Base):
             handle = SaveHandle(self.state.global_step, error=err)
         self.last_save = handle
         self._tailor_saves = {**self._tailor_saves, handle: last_best}
-        if drifts := {k: v for k, v in checkpointer.metrics.items() if k.startswith(("drift/", "expected_loss"))}:
-            self.log(drifts)
+        if curves := curves_of(checkpointer.metrics):
+            self.log(curves)
         if self._tailor_push_is_due and handle.error is None:
             self._tailor_push(handle)
 
