@@ -98,7 +98,10 @@ PACKAGES_OF_STRANGERS = {"formats", "integrations", "cli"}
 SHARED_FILES = {
     "cli._merge_options",
     "cli._output",
+    "formats.manifest_file",
+    "formats.numbers",
     "formats.safetensors",
+    "formats.small_files",
     "formats.source_files",
     "formats.torch_files",
     "integrations.batches",
@@ -273,8 +276,14 @@ def test_import_leaves_heavy_libraries_out(module: str) -> None:
     assert heavy_modules_after(f"import {module}") == []
 
 
-def heavy_modules_after(statement: str) -> list[str]:
-    script = f"import sys\n{statement}\nprint(*sorted({{'torch', 'transformers', 'numpy'}} & sys.modules.keys()))"
+def test_to_list_runs_no_format_is_imported() -> None:
+    """``ls`` answers at once; of all formats it needs the manifest."""
+    assert heavy_modules_after("import llmtailor.inventory", "llmtailor.catalog", "llmtailor.formats.tailored") == []
+
+
+def heavy_modules_after(statement: str, *heavy: str) -> list[str]:
+    modules = {"torch", "transformers", "numpy", *heavy}
+    script = f"import sys\n{statement}\nprint(*sorted({modules} & sys.modules.keys()))"
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout.split()
@@ -285,6 +294,7 @@ def heavy_modules_after(statement: str) -> list[str]:
 
 def test_heavy_library_is_noticed() -> None:
     assert heavy_modules_after("import numpy") == ["numpy"]
+    assert heavy_modules_after("import llmtailor.catalog", "llmtailor.catalog") == ["llmtailor.catalog"]
 
 
 def test_unlisted_module_is_noticed() -> None:

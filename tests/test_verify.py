@@ -13,8 +13,8 @@ import pytest
 from faults import LAYERS, fake_layer, flip_bit, open_descriptors, overwrite, save_fake
 from llmtailor.checkpoint import Checkpoint
 from llmtailor.errors import FormatError, IntegrityError, NotFoundError
+from llmtailor.formats.manifest_file import read_manifest
 from llmtailor.formats.safetensors import plan_layout
-from llmtailor.formats.tailored import read_manifest
 from llmtailor.manifest import MANIFEST_NAME, FileRecord, Manifest, digest_of, encode_manifest
 from llmtailor.storage import FileReader, RunDirectory, file_reading
 from llmtailor.tensors import TensorMeta

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .drift import mean_age
 from .errors import IncompleteError
-from .formats.tailored import read_manifest
+from .formats.manifest_file import read_manifest
 from .manifest import EncodingRecord, LayerRecord, Manifest
 
 __all__ = [

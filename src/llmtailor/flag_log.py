@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .errors import SaveFailedWarning, TailorError
-from .formats.tailored import layers_of, read_manifest
+from .formats.manifest_file import read_manifest
+from .formats.tailored import layers_of
 from .recipe import FlaggedSave, encode_flags, layers_to_flags, read_flags
 from .storage import RunDirectory
 from .tiers import Tiers

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .errors import FormatError, NotFoundError
-from .formats.tailored import read_manifest
+from .formats.manifest_file import read_manifest
 from .manifest import MANIFEST_NAME, Manifest
 from .storage import STAGING_NAME, CheckpointEntry, list_attempts, list_checkpoints, list_set_aside
 

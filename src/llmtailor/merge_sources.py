@@ -12,7 +12,7 @@ from .errors import NotFoundError, TailorError
 from .formats import open_catalog
 from .formats.hf.config import parse_config
 from .formats.hf.json_files import read_text
-from .formats.source_files import list_small_files
+from .formats.small_files import list_small_files
 from .hub import locate_source
 from .layers import LayerMap, map_names
 from .plan import is_tokenizer_file

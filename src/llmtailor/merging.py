@@ -22,7 +22,7 @@ from .errors import InvalidInputError, UnsupportedError
 from .file_plan import CheckpointPlan, FilePlan, WrittenFile
 from .formats import FORMATS, open_catalog
 from .formats.hf.config import read_dtype
-from .formats.source_files import read_number
+from .formats.numbers import read_number
 from .hub import locate_source
 from .merge_sources import as_recipe_sees_it, open_sources, tokenizer_files, touch
 from .mergekit_process import merged_by_mergekit

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FormatError, IntegrityError, NotFoundError, TailorError
+from .formats.manifest_file import read_manifest
 from .formats.source_files import open_source
-from .formats.tailored import read_manifest
 from .manifest import MANIFEST_NAME, FileRecord, Manifest, encode_manifest
 from .retention import METRICS_NAME, Keep, Kept, choose_removals, parse_keep, thin_manifest
 from .storage import CheckpointEntry, RunDirectory, list_checkpoints, read_pins

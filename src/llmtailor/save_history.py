@@ -13,7 +13,7 @@ from pathlib import Path
 from .catalog import Catalog
 from .errors import InvalidInputError, NotFoundError
 from .formats import open_catalog
-from .formats.tailored import read_manifest
+from .formats.manifest_file import read_manifest
 from .layers import LayerKind, LayerMap, map_names
 from .recipe import SavedLayers, compose_recipe, flags_to_layers, read_flags
 from .storage import CheckpointEntry, list_checkpoints

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from .codecs import StoredCodes, array_name
 from .errors import FormatError, IntegrityError, NotFoundError
+from .formats.manifest_file import read_manifest
 from .formats.safetensors import Header, read_header
 from .formats.source_files import open_source
 from .formats.tailored import (
@@ -25,7 +26,6 @@ from .formats.tailored import (
     join_notes,
     open_layer_file,
     read_codes_header,
-    read_manifest,
     read_packed,
     state_metas,
     weights_metas,

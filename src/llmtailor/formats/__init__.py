@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..catalog import Catalog
 from ..errors import FormatError, NotFoundError
 from ..manifest import MANIFEST_NAME
+
+if TYPE_CHECKING:  # whoever lists runs opens no catalog
+    from ..catalog import Catalog
 
 __all__ = ["FORMATS", "detect_format", "open_catalog"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FormatError, NotFoundError
-from ..formats.tailored import read_manifest
+from ..formats.manifest_file import read_manifest
 from ..manifest import FileRecord
 from ..verify import FileState, Problem, VerifyReport, verify_checkpoint
 from .units import format_bytes, format_number_of

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FormatError, IntegrityError, NotFoundError, TailorError, WriteError
+from ..formats.manifest_file import read_manifest
 from ..formats.source_files import open_source
-from ..formats.tailored import read_manifest
 from ..manifest import MANIFEST_NAME, FileRecord, Manifest, decode_manifest
 from ..storage import (
     ALIGNMENT,

@@ -16,7 +16,8 @@ from ...catalog import Catalog
 from ...errors import FormatError, IncompleteError, NotFoundError, UnsupportedError
 from ...layers import canonical_name
 from ...tensor_refs import FileTensor
-from ..source_files import list_small_files, open_source, resolve_source
+from ..small_files import list_small_files
+from ..source_files import open_source, resolve_source
 from ..torch_files import read_pickle
 from .contents import Contents, find_optimizer, split_items
 from .full import FULL_MODEL_NAME, read_full

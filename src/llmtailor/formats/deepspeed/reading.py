@@ -12,7 +12,7 @@ from ...catalog import Catalog, GroupRef, OptimizerRef, StateRef
 from ...errors import UnsupportedError
 from ...layers import canonical_name
 from ...tensor_refs import FileTensor, TensorRef
-from ..source_files import list_small_files
+from ..small_files import list_small_files
 from ..torch_files import TorchTensor, Tree, read_option, read_state
 from .fields import refuse, require, require_list_of, require_shape
 from .flat_states import gather, gather_states

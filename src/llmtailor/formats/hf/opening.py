@@ -8,7 +8,8 @@ from pathlib import Path
 from ...catalog import Catalog, OptimizerRef, StateRef
 from ...errors import FormatError, NotFoundError
 from ...layers import canonical_name
-from ..source_files import list_small_files, resolve_source
+from ..small_files import list_small_files
+from ..source_files import resolve_source
 from .asking import find_order
 from .config import ModelConfig, find_ties, parse_config
 from .json_files import read_json_object, read_text

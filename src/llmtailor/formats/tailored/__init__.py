@@ -13,7 +13,7 @@ from .parts import (
     read_notes,
 )
 from .planning import plan_tailored
-from .reading import layers_of, open_tailored, read_manifest
+from .reading import layers_of, open_tailored
 from .shards import encode_shards
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "open_tailored",
     "plan_tailored",
     "read_codes_header",
-    "read_manifest",
     "read_notes",
     "read_packed",
     "state_metas",

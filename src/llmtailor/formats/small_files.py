@@ -1,0 +1,47 @@
+"""Files of a checkpoint that are carried along as they are: configuration, tokenizer and the like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..catalog import SmallFile
+from .source_files import refuse_file, resolve_source
+
+__all__ = ["list_small_files"]
+
+# Larger than any tokenizer; what is larger is data of some tool, and not for us to carry along unasked.
+_MAX_SMALL_FILE_NBYTES = 2**30
+# Programs are never taken from a source: whoever resumes from the result might run them.
+_CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyo", ".so", ".sh"})
+
+
+def list_small_files(root: Path, is_small: Callable[[str], bool]) -> tuple[SmallFile, ...]:
+    """The files directly in a checkpoint that are copied as they are; never programs, never hidden files.
+
+    Args:
+        root: The checkpoint's directory.
+        is_small: Whether a file of this name is copied; asked for plain files only.
+
+    Raises:
+        FormatError: One of them leads out of the checkpoint.
+    """
+    found = []
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        path = Path(entry.path)
+        if (
+            entry.name.startswith(".")
+            or path.suffix in _CODE_SUFFIXES
+            or not entry.is_file()
+            or not is_small(entry.name)
+        ):
+            continue
+        real = resolve_source(path, root)
+        nbytes = real.stat().st_size
+        if nbytes > _MAX_SMALL_FILE_NBYTES:
+            raise refuse_file(
+                path, f"at most {_MAX_SMALL_FILE_NBYTES} bytes for a file that is copied whole", f"{nbytes} bytes"
+            )
+        found.append(SmallFile(name=entry.name, path=real, nbytes=nbytes))
+    return tuple(found)
