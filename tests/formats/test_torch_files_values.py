@@ -21,6 +21,7 @@ from formats.simple_writer import load_ref, write_plan
 from formats.torch_trees import is_same
 from llmtailor.catalog import StateRef
 from llmtailor.errors import FormatError, UnsupportedError
+from llmtailor.formats.numbers import decode_number, encode_number
 from llmtailor.formats.torch_files import (
     Global,
     Instance,
@@ -34,7 +35,6 @@ from llmtailor.formats.torch_files import (
     write_option,
     write_state,
 )
-from llmtailor.formats.torch_files.numbers import decode_number, encode_number
 from llmtailor.optimizer_values import decode_option, encode_option, flatten_state, restore_state
 from llmtailor.tensor_refs import InlineTensor, ScaledTensor
 from llmtailor.tensors import TensorMeta

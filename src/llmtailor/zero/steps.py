@@ -13,7 +13,7 @@ import torch
 
 from ..catalog import StateRef
 from ..formats.deepspeed.common_steps import STEP, CommonSteps
-from ..formats.torch_files.numbers import inline_number
+from ..formats.numbers import inline_number
 from ..tensor_bytes import dtype_name
 from ..tensor_refs import InlineTensor, ScaledTensor, TensorRef
 from ..tensors import TensorMeta

@@ -17,8 +17,8 @@ from pathlib import Path
 from ...catalog import StateRef
 from ...errors import IncompatibleError
 from ...tensor_refs import ScaledTensor, TensorRef
+from ..numbers import read_number
 from ..torch_files import TorchTensor, write_option
-from ..torch_files.numbers import read_number
 
 __all__ = ["STEP", "CommonSteps", "step_of"]
 

@@ -11,8 +11,8 @@ from ...catalog import Catalog, StateRef
 from ...errors import IncompatibleError, IncompleteError, UnsupportedError
 from ...tensor_refs import TensorRef
 from ...tensors import TensorMeta
+from ..numbers import inline_number, read_number
 from ..torch_files import TorchTensor, Tree, write_state
-from ..torch_files.numbers import inline_number, read_number
 from .common_steps import STEP, CommonSteps, step_of
 from .flat_states import is_kept_whole, is_number
 from .native import Flat, Native

@@ -9,8 +9,8 @@ from pathlib import Path
 from ...errors import UnsupportedError
 from ...tensor_refs import Extent, FileTensor, file_tensor
 from ...tensors import TensorMeta
+from ..numbers import inline_number, read_number
 from ..torch_files import TorchTensor, Tree
-from ..torch_files.numbers import inline_number, read_number
 from .fields import refuse
 from .partitions import FlatLayout, keep_whole
 

@@ -10,8 +10,8 @@ import math
 from ...errors import FormatError, UnsupportedError
 from ...tensor_refs import InlineTensor
 from ...tensors import DTYPE_BITS, TensorMeta
+from ..numbers import Number, decode_number, encode_number, read_number
 from .nodes import Global, Instance, TorchTensor, Tree
-from .numbers import Number, decode_number, encode_number, read_number
 from .storages import DTYPE_OF_GLOBAL, GLOBAL_OF_DTYPE
 
 __all__ = ["read_option", "write_option"]

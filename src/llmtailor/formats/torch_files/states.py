@@ -13,8 +13,8 @@ from ...catalog import StateRef
 from ...errors import UnsupportedError
 from ...state_tree import MAX_DEPTH, NUMBERS, Note, assemble, escape, require_number
 from ...tensor_refs import TensorRef
+from ..numbers import inline_number, read_number
 from .nodes import Global, Instance, TorchTensor, Tree
-from .numbers import inline_number, read_number
 
 __all__ = ["read_state", "write_state"]
 
