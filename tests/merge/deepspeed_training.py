@@ -66,8 +66,7 @@ def run_trainings(trainings: Sequence[Training], *, ranks: int, scratch: Path, t
     jobs.write_text(json.dumps([asdict(training) for training in trainings]))
     from ranks.launch import run_ranks  # which the program itself does without
 
-    environment = {"DS_ACCELERATOR": "cpu"}
-    run_ranks(Path(__file__), ranks, jobs, environment=environment, timeout_secs=timeout_secs)
+    run_ranks(Path(__file__), ranks, jobs, timeout_secs=timeout_secs)
 
 
 def _main() -> None:

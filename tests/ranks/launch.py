@@ -23,16 +23,12 @@ class Launches:
         program: Takes ``begin`` or ``resume``, a directory and cases; each rank kills itself at the end of ``begin``.
         directory: Where the cases are.
         launches: The cases of each launch.
-        environment: Beside that of this process.
     """
 
-    def __init__(
-        self, program: Path, directory: Path, launches: Sequence[Sequence[str]], environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, program: Path, directory: Path, launches: Sequence[Sequence[str]]) -> None:
         self._program = program
         self._directory = directory
         self._launches = launches
-        self._environment = environment
         self._done: set[str] = set()
 
     def of(self, case: str) -> Path:
@@ -48,7 +44,6 @@ class Launches:
                     self._directory,
                     *cases,
                     expected=(status,),
-                    environment=self._environment,
                 )
                 self.look(verb, self._directory, cases)
             self._done |= set(cases)
@@ -74,6 +69,7 @@ def start_ranks(
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cpu",
         "TORCH_EXTENSIONS_DIR": str(_EXTENSIONS),
         **(environment or {}),
     }

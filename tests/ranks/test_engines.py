@@ -26,7 +26,6 @@ from ranks.launch import Launches, run_ranks
 from ranks.loop_trainings import digests
 
 PROGRAM = Path(__file__).parent / "engine_trainings.py"
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
 FAST = ["zero1-full-bf16", "zero2-parity-fp32", "zero3-full-fp32", "zero3-parity-bf16"]
 # The first engine of stage 3 changes torch.nn.functional.linear for all that follow in a process: in order of stages.
 MATRIX = [
@@ -51,7 +50,7 @@ class Engines(Launches):
 
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Engines(PROGRAM, tmp_path_factory.mktemp("engines"), [FAST, SLOW], ENVIRONMENT)
+    return Engines(PROGRAM, tmp_path_factory.mktemp("engines"), [FAST, SLOW])
 
 
 def is_of(strategy: str, case: Any) -> bool:
@@ -127,7 +126,7 @@ def test_another_number_of_ranks_loads_the_same_state(trainings: Launches, num_r
     for case in cases:
         shutil.copytree(resumed / case, tmp_path / case)
         shutil.rmtree(tmp_path / case / "checkpoint-6")
-    run_ranks(PROGRAM, num_ranks, "reshard", tmp_path, *cases, environment=ENVIRONMENT)
+    run_ranks(PROGRAM, num_ranks, "reshard", tmp_path, *cases)
     for case in cases:
         assert read(tmp_path, case, f"resharded-{num_ranks}")["loaded"] == read(resumed, case, "resumed")["loaded"], (
             case
@@ -140,7 +139,7 @@ def test_another_stage_loads_the_same_state(trainings: Launches, tmp_path: Path)
     resumed = trainings.of("zero2-full-bf16")
     shutil.copytree(resumed / "zero2-full-bf16", tmp_path / "zero3-full-bf16")
     shutil.rmtree(tmp_path / "zero3-full-bf16" / "checkpoint-6")
-    run_ranks(PROGRAM, 2, "reshard", tmp_path, "zero3-full-bf16", environment=ENVIRONMENT)
+    run_ranks(PROGRAM, 2, "reshard", tmp_path, "zero3-full-bf16")
     found, expected = read(tmp_path, "zero3-full-bf16", "resharded-2"), read(resumed, "zero2-full-bf16", "resumed")
     assert found["loaded"] == expected["loaded"]
 
@@ -152,7 +151,7 @@ def test_exported_to_deepspeed_it_is_what_stock_deepspeed_loads(
     case = f"zero{stage}-full-bf16"
     resumed = trainings.of(case)
     llmtailor.export(resumed / case / "checkpoint-4", tmp_path / case, to="deepspeed", ranks=2, zero_stage=stage)
-    run_ranks(PROGRAM, 2, "stock", tmp_path, case, environment=ENVIRONMENT)
+    run_ranks(PROGRAM, 2, "stock", tmp_path, case)
     straight, found = read(resumed, case, "straight"), read(tmp_path, case, "stock")
     assert found["loaded"] == read(resumed, case, "truth")["4"]
     assert found["losses"] == straight["losses"][4:]
@@ -161,7 +160,7 @@ def test_exported_to_deepspeed_it_is_what_stock_deepspeed_loads(
 
 @pytest.mark.slow
 def test_accelerates_own_save_state_goes_through_the_engine(tmp_path: Path) -> None:
-    run_ranks(PROGRAM.with_name("accelerate_engine.py"), 2, tmp_path, environment=ENVIRONMENT)
+    run_ranks(PROGRAM.with_name("accelerate_engine.py"), 2, tmp_path)
     manifest = open_checkpoint(tmp_path / "checkpoint-2").manifest
     assert {layer.step for layer in manifest.layers} == {1, 2}
     assert verify_checkpoint(tmp_path / "checkpoint-2").problems == ()

@@ -14,7 +14,6 @@ from llmtailor.verify import verify_checkpoint
 from ranks.launch import Launches, run_ranks
 
 PROGRAM = Path(__file__).parent / "trainer_trainings.py"
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
 # accelerate's state is one for a process, so each of these is a launch of its own. The first two are the fast ones.
 LAUNCHES = [
     ["ddp-full-fp32", "ddp-parity-fp32"],
@@ -33,7 +32,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def trainings(tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    return Launches(PROGRAM, tmp_path_factory.mktemp("trainers"), LAUNCHES, ENVIRONMENT)
+    return Launches(PROGRAM, tmp_path_factory.mktemp("trainers"), LAUNCHES)
 
 
 def read(directory: Path, case: str, name: str) -> Any:

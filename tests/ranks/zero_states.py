@@ -56,8 +56,7 @@ def run_jobs(jobs: Sequence[Job], *, ranks: int, scratch: Path, timeout_secs: fl
 
     file = scratch / f"jobs-{ranks}-{len(list(scratch.glob('jobs-*')))}.json"
     file.write_text(json.dumps([asdict(job) for job in jobs]))
-    environment = {"DS_ACCELERATOR": "cpu"}
-    run_ranks(Path(__file__), ranks, file, environment=environment, timeout_secs=timeout_secs)
+    run_ranks(Path(__file__), ranks, file, timeout_secs=timeout_secs)
 
 
 def assemble(metas: Mapping[str, Any], parts: Sequence[Mapping[str, tuple[Any, Any]]]) -> dict[str, Any]:
