@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-_TABLE = re.compile(r"\| on \d+ cores.*?(?=\n\n)", re.DOTALL)
-_MERGE_TABLE = re.compile(r"\| merge of two checkpoints.*?(?=\n\n)", re.DOTALL)
-_CODES_TABLE = re.compile(r"\| every save writes.*?(?=\n\n)", re.DOTALL)
-_BYTES_TABLE = re.compile(r"\| bytes a parameter.*?(?=\n\n)", re.DOTALL)
-_SAVE_TABLE = re.compile(r"\| a save of a Llama.*?(?=\n\n)", re.DOTALL)
-_RANKS_TABLE = re.compile(r"\| ranks, layers.*?(?=\n\n)", re.DOTALL)
-_MONITOR_TABLE = re.compile(r"\| optimizer \| error.*?(?=\n\n)", re.DOTALL)
 _FORMATS = {
     "tailored": "LLMTailor",
     "hf": "HF Trainer",
@@ -242,27 +236,30 @@ def _read(question: str) -> dict[str, Any]:
     return record
 
 
+TABLES: Sequence[tuple[str, str, Callable[[], str]]] = (
+    ("README.md", r"on \d+ cores", make_table),
+    ("README.md", "a save of a Llama", make_save_table),
+    ("README.md", "merge of two checkpoints", make_merge_table),
+    ("README.md", "every save writes", make_codes_table),
+    ("docs/codes.md", "bytes a parameter", make_bytes_table),
+    ("docs/frameworks/index.md", "ranks, layers", make_ranks_table),
+    ("docs/monitor.md", r"optimizer \| error", make_monitor_table),
+)
+"""Page, how the table on it begins, and what makes the table."""
+
+
+def replace_table(text: str, beginning: str, table: str) -> str:
+    """A page with the one table that begins so made anew."""
+    found = re.findall(rf"^\| {beginning}.*?(?=\n\n)", text, re.DOTALL | re.MULTILINE)
+    assert len(found) == 1, f"{len(found)} tables begin with {beginning!r}"
+    return text.replace(found[0], table)
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    assert _TABLE.search(text), "the README has no table to replace"
-    assert _MERGE_TABLE.search(text), "the README has no table of merges to replace"
-    assert _SAVE_TABLE.search(text), "the README has no table of saves to replace"
-    assert _CODES_TABLE.search(text), "the README has no table of codes to replace"
-    text = _SAVE_TABLE.sub(make_save_table(), _MERGE_TABLE.sub(make_merge_table(), _TABLE.sub(make_table(), text)))
-    readme.write_text(_CODES_TABLE.sub(make_codes_table(), text), encoding="utf-8")
-    page = ROOT / "docs" / "codes.md"
-    text = page.read_text(encoding="utf-8")
-    assert _BYTES_TABLE.search(text), "docs/codes.md has no table of bytes to replace"
-    page.write_text(_BYTES_TABLE.sub(make_bytes_table(), text), encoding="utf-8")
-    page = ROOT / "docs" / "frameworks" / "index.md"
-    text = page.read_text(encoding="utf-8")
-    assert _RANKS_TABLE.search(text), "docs/frameworks/index.md has no table of ranks to replace"
-    page.write_text(_RANKS_TABLE.sub(make_ranks_table(), text), encoding="utf-8")
-    page = ROOT / "docs" / "monitor.md"
-    text = page.read_text(encoding="utf-8")
-    assert _MONITOR_TABLE.search(text), "docs/monitor.md has no table of the monitor to replace"
-    page.write_text(_MONITOR_TABLE.sub(make_monitor_table(), text), encoding="utf-8")
+    for page, beginning, make in TABLES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        path.write_text(replace_table(text, beginning, make()), encoding="utf-8")
 
 
 if __name__ == "__main__":
