@@ -12,6 +12,7 @@ thread does, with what codes are relative to read back from the file where an ex
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import sys
 import tempfile
@@ -121,15 +122,13 @@ class LayerWay:
     """A layer from live tensors to codes in host memory."""
 
     def __init__(self, image: CodedImage, encoder: LayerEncoder, checkpoint: llmtailor.Checkpoint) -> None:
+        self.nbytes = image.live.nbytes
         self._image = image
         self._encoder = encoder
         self._checkpoint = checkpoint
         self._record = next(each for each in checkpoint.manifest.layers if each.name == image.layer)
 
-    def __call__(self) -> float:
-        return secs_of(self._encode)
-
-    def _encode(self) -> None:
+    def encode(self) -> None:
         with contextlib.ExitStack() as stack:
             base = None
             if self._image.base == "exact":
@@ -138,35 +137,43 @@ class LayerWay:
             assert self._encoder.encode(self._image, base, lambda: None) is not None
 
 
+def layer_ways(
+    directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, lanes: Lanes
+) -> dict[str, LayerWay]:
+    """A block of a Llama, for every policy; kernels are compiled, and an exact save is there to be relative to."""
+    with llmtailor.Run(directory / "run", model, optimizer) as run:
+        checkpoint = llmtailor.open_checkpoint(run.save(1).result())
+    move(model, optimizer)
+    live = LiveReader().read(model, [optimizer])
+    ways: dict[str, LayerWay] = {}
+    for name in RESTS:
+        rest = parse_rest(name)
+        assert isinstance(rest, Rest)
+        coded = code_layer(live.images["layers.7"], rest)
+        assert coded is not None
+        encoder = LayerEncoder(lanes)
+        every = [code_layer(each, rest) for each in live.images.values()]
+        encoder.compile([each for each in every if each is not None])
+        ways[name] = LayerWay(coded, encoder, checkpoint)
+        ways[name].encode()
+    return ways
+
+
 def measure_layers(repeats: int) -> dict[str, Any]:
     """Rows: a block the whole way, for every policy."""
     model, optimizer = llama_of_35_layers(768, vocab_size=512)
-    rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as directory, llmtailor.Run(Path(directory) / "run", model, optimizer) as run:
-        checkpoint = llmtailor.open_checkpoint(run.save(1).result())
-        move(model, optimizer)
-        live = LiveReader().read(model, [optimizer])
-        image = live.images["layers.7"]
-        turns: dict[str, Callable[[], float]] = {}
-        for name in RESTS:
-            rest = parse_rest(name)
-            assert isinstance(rest, Rest)
-            coded = code_layer(image, rest)
-            assert coded is not None
-            encoder = LayerEncoder(Lanes())
-            every = [code_layer(each, rest) for each in live.images.values()]
-            encoder.compile([each for each in every if each is not None])
-            turns[name] = LayerWay(coded, encoder, checkpoint)
-            turns[name]()
-        samples = take_turns(turns, repeats)
+    with tempfile.TemporaryDirectory() as directory:
+        ways = layer_ways(Path(directory), model, optimizer, Lanes())
+        samples = take_turns({name: functools.partial(secs_of, way.encode) for name, way in ways.items()}, repeats)
+    rows: dict[str, Any] = {"layer_bytes": ways["q8"].nbytes}
     for name, secs in samples.items():
-        rows |= spread(f"layer_{name}", [image.nbytes / 1e9 / each for each in secs], unit="gb_per_sec", digits=2)
-    return {"layer_bytes": image.nbytes, **rows}
+        rows |= spread(f"layer_{name}", [ways[name].nbytes / 1e9 / each for each in secs], unit="gb_per_sec", digits=2)
+    return rows
 
 
 def move(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """A step, so that differences are not zero."""
-    tokens = torch.randint(0, 512, (1, 8))
+    tokens = torch.randint(0, 512, (1, 8), device=next(model.parameters()).device)
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
 

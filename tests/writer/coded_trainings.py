@@ -92,7 +92,7 @@ class EncoderGate:
 
 def load(training: Training, path: Path) -> Snapshot:
     """What a resume finds in a model and an optimizer that know nothing of the save."""
-    fresh = Model().to(training.dtype)
+    fresh = Model().to(training.device, training.dtype)
     with torch.no_grad():
         for tensor in fresh.state_dict().values():
             tensor.fill_(7)

@@ -16,8 +16,9 @@ from llmtailor.checkpointer import Checkpointer
 from llmtailor.codecs.kernels import Kernels
 from llmtailor.errors import IntegrityError, SaveFailedWarning, TailorError, WriteError
 from llmtailor.storage import FileReader, list_checkpoints
-from llmtailor.writer import coding
+from llmtailor.writer import coding, scratch
 from llmtailor.writer.coding import LayerEncoder
+from llmtailor.writer.host_memory import HostMemory
 from writer.coded_trainings import (
     EncoderGate,
     check,
@@ -155,15 +156,8 @@ def test_scratch_memory_that_cannot_be_had_costs_one_save(
     training.train()
     training.save().result()
     training.train()
-    empty = torch.empty
-
-    def refuse(numel: Any, **how: Any) -> torch.Tensor:
-        if how == {"dtype": torch.uint8} and isinstance(numel, int) and numel > 1000:
-            return empty(2**62, **how)  # torch says it in its own words
-        return empty(numel, **how)
-
     with monkeypatch.context() as patch:
-        patch.setattr(coding.torch, "empty", refuse)
+        patch.setattr(scratch, "HostMemory", lambda nbytes: HostMemory(2**62))  # the kernel says it in its own words
         with pytest.raises(WriteError) as caught:
             training.save().result()
     assert caught.value.kind == "host-memory"

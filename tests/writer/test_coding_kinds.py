@@ -241,7 +241,7 @@ def test_scratch_memory_is_one_layers_codes_and_used_again(
     def note(encoder: LayerEncoder, *args: Any) -> Any:
         encoded = encode(encoder, *args)
         memory = encoder._scratch._memory
-        sizes.append((memory.data_ptr(), memory.nbytes))
+        sizes.append((memory.tensor.data_ptr(), memory.nbytes))
         assert encoder.scratch_nbytes == memory.nbytes
         return encoded
 

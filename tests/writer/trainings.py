@@ -86,9 +86,13 @@ class Training:
         self.optimizer = OPTIMIZERS[self.optimizer_name](self.model.parameters())
         self.checkpointer = Checkpointer(self.directory, **self.options)
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def backward(self) -> None:
         """Forward and backward of a batch of its own."""
-        tokens = torch.randint(0, 64, (8,), generator=torch.Generator().manual_seed(self.step))
+        tokens = torch.randint(0, 64, (8,), generator=torch.Generator().manual_seed(self.step)).to(self.device)
         self.optimizer.zero_grad()
         torch.nn.functional.cross_entropy(self.model(tokens).float(), tokens.roll(1)).backward()
 
@@ -123,14 +127,18 @@ class Training:
 
 
 def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Snapshot:
-    """A copy of all that a checkpoint holds, by the names in its files."""
+    """A copy in host memory of all that a checkpoint holds, by the names in its files."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state = {name: copy_of(tensor) for name, tensor in model.state_dict().items()}
     for parameter, leaves in optimizer.state.items():
         for leaf, value in leaves.items():
             if isinstance(value, torch.Tensor):
-                state[f"state.{names[parameter]}.{leaf}"] = value.detach().clone()
+                state[f"state.{names[parameter]}.{leaf}"] = copy_of(value)
     return state
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def write_small_file(directory: Path) -> None:

@@ -99,7 +99,8 @@ def _linear(
     dtype = values.dtype
     values = values.float()
     blocks = (values if base is None else values - base).view(-1, BLOCK_NUMEL)
-    scales = _upper(blocks.abs().amax(1) / levels)
+    # Not by a division, which is not rounded alike everywhere: scales are the same bits on every device.
+    scales = _upper(blocks.abs().amax(1) * (1.0 / levels))
     steps = _float_of(scales << 16)[:, None]
     codes = torch.round(blocks / torch.where(steps > 0, steps, 1.0))
     decoded = (codes * steps).view_as(values)

@@ -72,6 +72,10 @@ class LayerEncoder:
         """Host memory it holds."""
         return self._scratch.nbytes
 
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._scratch.close()
+
     def compile(self, images: Sequence[CodedImage]) -> None:
         """Get ready for such layers; costs something on the first call alone. Called by the training thread."""
         keys: set[KernelKey] = set()
@@ -117,18 +121,22 @@ class LayerEncoder:
     def _encode(
         self, coded: CodedImage, base: BaseLayer | None, check_readable: Callable[[], None]
     ) -> EncodedLayer | None:
-        self._scratch.reserve(_scratch_sizes(coded))
+        is_pinned = any(tensor.is_cuda for _, _, tensor in coded.tensors())
+        self._scratch.reserve(_scratch_sizes(coded), is_pinned=is_pinned)
         source = _Source(base=base, check_readable=check_readable)
         items = {key: _Item(key=key, stored=stored, tensor=tensor) for key, stored, tensor in coded.tensors()}
         masters = coded.weights_of_masters
         found: list[_EncodedTensor] = []
-        for key, item in items.items():
-            with self._lanes.of(item.tensor):
-                if key in masters:
-                    fqn, weight = masters[key]
-                    found += self._encode_master(replace(item, weight=weight), items.get(fqn), source)
-                elif item.stored.codec != "round":  # that comes with its master
-                    found.append(self._encode_tensor(item, source) or _keep(item))
+        try:
+            for key, item in items.items():
+                with self._lanes.of(item.tensor):
+                    if key in masters:
+                        fqn, weight = masters[key]
+                        found += self._encode_master(replace(item, weight=weight), items.get(fqn), source)
+                    elif item.stored.codec != "round":  # that comes with its master
+                        found.append(self._encode_tensor(item, source) or _keep(item))
+        finally:
+            self._lanes.synchronize()  # until then codes of a device are on their way to the scratch
         parts: dict[Component, list[Deviation]] = defaultdict(list)
         for each in found:
             component = component_of(each.key)
@@ -319,6 +327,8 @@ def _to_blocks(values: torch.Tensor) -> torch.Tensor:
 def _copy_strip(array: torch.Tensor, target: torch.Tensor, start: int, blocks: int) -> None:
     """Put what a kernel made of a strip where it belongs; what is of no element is left out.
 
+    From a CUDA device the copy is only queued: the next strip's kernel runs meanwhile.
+
     Args:
         array: Of whole blocks.
         target: Of the whole tensor, in host memory.
@@ -333,7 +343,7 @@ def _copy_strip(array: torch.Tensor, target: torch.Tensor, start: int, blocks: i
         # By numpy, which starts no threads of its own.
         np.copyto(into.numpy(), source.numpy())
     else:
-        into.copy_(source)
+        into.copy_(source, non_blocking=True)
 
 
 def _plain(dtype: torch.dtype) -> torch.dtype:

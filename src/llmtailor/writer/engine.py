@@ -170,6 +170,7 @@ class Engine:
         if os.getpid() == self._pid:
             self._stop_threads()
             self._pool.close()
+            self._encoder.close()
 
     def _stop_threads(self) -> None:
         self._captures.put(None)
@@ -277,7 +278,10 @@ class Engine:
                 reader.fill(piece, nbytes)
                 events = self._lanes.events() if saving.fences else ()
             except BaseException:
-                self._pool.give_back(piece)
+                try:
+                    self._lanes.synchronize()  # what is queued still goes there
+                finally:
+                    self._pool.give_back(piece)
                 raise
             saving.begin_piece()
             self._pieces.put(FilePiece(file=file, piece=piece, offset=offset, nbytes=nbytes, events=events))

@@ -39,7 +39,8 @@ def pack_masters(
     optimizer, weights = image.optimizer, image.weights_to_pack_with
     if optimizer is None or not weights:
         return image.files
-    scratch.reserve(2 * weight.numel() for weight in weights.values())
+    is_pinned = any(weight.is_cuda for weight in weights.values())
+    scratch.reserve((2 * weight.numel() for weight in weights.values()), is_pinned=is_pinned)
     codes: dict[str, StoredCodes] = {}
     tensors: dict[str, torch.Tensor] = {}
     for stored, tensor in zip(optimizer.layout.tensors, optimizer.tensors, strict=True):

@@ -14,8 +14,6 @@ and kept.
 from __future__ import annotations
 
 import contextlib
-import logging
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -27,17 +25,14 @@ import torch
 
 from ..errors import InvalidInputError, WriteError
 from ..storage import ALIGNMENT, pad
+from .host_memory import HostMemory
 
 __all__ = ["MIN_POOL_NBYTES", "HostPool", "Piece", "default_pool_nbytes"]
-
-logger = logging.getLogger(__name__)
 
 # What one write brings to the disk: more is not faster, less is slower.
 _MAX_PIECE_NBYTES = 8 * 2**20
 # What is touched before somebody may interrupt.
 _TOUCHED_NBYTES = 64 * 2**20
-# Pinned for every device of the process. Source: CUDA 13 runtime API (cudaHostRegisterPortable).
-_PORTABLE = 1
 # So that copying and writing overlap however small the pool is.
 _MIN_PIECES = 4
 MIN_POOL_NBYTES = _MIN_PIECES * ALIGNMENT
@@ -101,15 +96,12 @@ class HostPool:
         self._head = 0
         self._in_use = 0
         self._high_water = 0
-        self._bytes: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
-        self._tensor = torch.empty(0, dtype=torch.uint8)
-        self._pinned: int | None = None
-        """Address of the memory, where CUDA has pinned it."""
+        self._memory = HostMemory()
 
     @property
     def nbytes(self) -> int:
         """Memory it holds now."""
-        return self._bytes.nbytes
+        return self._memory.nbytes
 
     @property
     def high_water_nbytes(self) -> int:
@@ -134,8 +126,8 @@ class HostPool:
             self._high_water = self._in_use
             if not self._pieces and wanted > self.nbytes:
                 self._allocate(wanted)
-            if not self._pieces and is_pinned and self._pinned is None:
-                self._pin()
+            if not self._pieces and is_pinned:
+                self._memory.pin()
 
     def touch(self) -> None:
         """Have every page there before the first save needs it; for the thread that takes pieces."""
@@ -144,14 +136,12 @@ class HostPool:
                 return
         for start in range(0, self.nbytes, _TOUCHED_NBYTES):
             # numpy lets other threads run meanwhile; madvise(MADV_POPULATE_WRITE) from Python does not.
-            self._bytes[start : start + _TOUCHED_NBYTES : ALIGNMENT] = 0
+            self._memory.bytes[start : start + _TOUCHED_NBYTES : ALIGNMENT] = 0
 
     def _allocate(self, nbytes: int) -> None:
-        self._unpin()
-        # The old memory goes before the new one comes.
-        self._bytes, self._tensor = np.empty(0, dtype=np.uint8), torch.empty(0, dtype=torch.uint8)
+        self._memory.close()  # the old memory goes before the new one comes
         try:
-            memory = mmap.mmap(-1, nbytes)
+            self._memory = HostMemory(nbytes)
         except (OSError, MemoryError) as err:
             raise WriteError(
                 "cannot get host memory to save from",
@@ -160,28 +150,6 @@ class HostPool:
                 found=str(err),
                 hint="pass a smaller pool_nbytes, or raise the limit (ulimit -v); older checkpoints were not touched",
             ) from err
-        with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages is slower the first time
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = np.frombuffer(memory, dtype=np.uint8)
-        self._tensor = torch.from_numpy(self._bytes)
-
-    def _pin(self) -> None:
-        """Let CUDA copy into the memory without a detour.
-
-        By registering what is there: torch's own pinned allocator rounds up to a power of two, which would be up to
-        twice what was allowed. Source: torch 2.13, c10/core/CachingHostAllocator.h (allocate).
-        """
-        address = self._bytes.ctypes.data
-        code = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, _PORTABLE))
-        if code != 0:
-            logger.warning("host memory could not be pinned (CUDA error %d); copies from the device are slower", code)
-            return
-        self._pinned = address
-
-    def _unpin(self) -> None:
-        if self._pinned is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned)
-            self._pinned = None
 
     def take(self, nbytes: int, is_cancelled: Callable[[], bool]) -> Piece | None:
         """Take the next piece; waits until there is room.
@@ -214,7 +182,8 @@ class HostPool:
 
     def _grant(self, nbytes: int) -> Piece:
         start, end = self._head, self._head + nbytes
-        piece = Piece(start=start, nbytes=nbytes, bytes=self._bytes[start:end], tensor=self._tensor[start:end])
+        memory = self._memory
+        piece = Piece(start=start, nbytes=nbytes, bytes=memory.bytes[start:end], tensor=memory.tensor[start:end])
         self._pieces.append(piece)
         self._head = end % self.nbytes
         self._in_use += nbytes
@@ -239,5 +208,4 @@ class HostPool:
     def close(self) -> None:
         """Let go of the memory; nothing may be in use."""
         with self._condition:
-            self._unpin()
-            self._bytes, self._tensor = np.empty(0, dtype=np.uint8), torch.empty(0, dtype=torch.uint8)
+            self._memory.close()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from ..tensor_bytes import torch_dtype
+from .host_memory import HostMemory
 
 __all__ = ["Scratch"]
 
@@ -18,15 +19,19 @@ class Scratch:
     """Host memory that is cut into tensors; it grows to the largest layer, and stays."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = HostMemory()
         self._taken = 0
 
     @property
     def nbytes(self) -> int:
         return self._memory.nbytes
 
-    def reserve(self, sizes: Iterable[int]) -> None:
+    def reserve(self, sizes: Iterable[int], *, is_pinned: bool) -> None:
         """Start anew, with room for so many bytes each; what was taken before is somebody else's now.
+
+        Args:
+            sizes: Of each tensor that may be taken.
+            is_pinned: Some of it comes from a CUDA device.
 
         Raises:
             MemoryError: There is not enough.
@@ -34,11 +39,13 @@ class Scratch:
         self._taken = 0
         wanted = sum(nbytes + _ALIGNMENT for nbytes in sizes)
         if wanted > self._memory.nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
+            self._memory.close()  # the old goes before the new comes
             try:
-                self._memory = torch.empty(wanted, dtype=torch.uint8)
-            except RuntimeError as err:  # torch has no word of its own for it
+                self._memory = HostMemory(wanted)
+            except OSError as err:
                 raise MemoryError(f"{wanted} bytes: {err}") from err
+        if is_pinned:
+            self._memory.pin()
 
     def take(self, dtype: str, numel: int) -> torch.Tensor:
         """Memory for a flat tensor."""
@@ -46,4 +53,8 @@ class Scratch:
         start = -(-self._taken // _ALIGNMENT) * _ALIGNMENT
         self._taken = start + numel * element.itemsize
         assert self._taken <= self._memory.nbytes
-        return self._memory[start : self._taken].view(element)
+        return self._memory.tensor[start : self._taken].view(element)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._memory.close()

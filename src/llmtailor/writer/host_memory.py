@@ -1,0 +1,72 @@
+"""Memory of this process that is kept from save to save, and that CUDA can copy into directly."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["HostMemory"]
+
+logger = logging.getLogger(__name__)
+
+# Pinned for every device of the process. Source: CUDA 13 runtime API (cudaHostRegisterPortable).
+_PORTABLE = 1
+
+
+class HostMemory:
+    """A stretch of memory, page-aligned; none of it is there until it is touched.
+
+    Args:
+        nbytes: May be 0.
+
+    Raises:
+        OSError, MemoryError: There is not so much.
+    """
+
+    def __init__(self, nbytes: int = 0) -> None:
+        self._pinned: int | None = None
+        """Its address, where CUDA has pinned it."""
+        if not nbytes:
+            self._let_go()
+            return
+        memory = mmap.mmap(-1, nbytes)
+        with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages is slower the first time
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8)
+        self.tensor: torch.Tensor = torch.from_numpy(self.bytes)
+        """The same memory, uint8."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.bytes.nbytes
+
+    def pin(self) -> None:
+        """Let CUDA copy into it without a detour; more than once is fine.
+
+        By registering what is there: torch's own pinned allocator rounds up to a power of two, which would be up to
+        twice what was allowed. Source: torch 2.13, c10/core/CachingHostAllocator.h (allocate).
+        """
+        if self._pinned is not None or not self.nbytes:
+            return
+        address = self.bytes.ctypes.data
+        code = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, _PORTABLE))
+        if code != 0:
+            logger.warning("host memory could not be pinned (CUDA error %d); copies from the device are slower", code)
+            return
+        self._pinned = address
+
+    def close(self) -> None:
+        """Let go of it. Whoever still holds a view of it keeps the memory, not pinned any more."""
+        if self._pinned is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned)
+            self._pinned = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.bytes = np.empty(0, dtype=np.uint8)
+        self.tensor = torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,56 @@
+"""Training on a CUDA device: saves from it are what the state was when they were asked for, exactly or as codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coded_runs import check_errors
+from llmtailor.checkpoint import open_checkpoint
+from llmtailor.codecs import kernels
+from llmtailor.verify import verify_checkpoint
+from tiny_models import assert_same
+from writer.coded_trainings import BLOCKS, COMPACT4, Q4, check, coded_layers, load, new_training, nothing
+from writer.test_lazy_capture import CASES, train_and_compare
+from writer.trainings import Model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_save_from_a_device_is_the_state_at_the_moment_it_was_asked_for(fast_directory: Path, case: str) -> None:
+    training = train_and_compare(fast_directory, 12, model=Model().cuda(), **CASES[case])
+    assert training.device.type == "cuda"
+
+
+@pytest.mark.parametrize("rest", ["q8", "compact"])
+def test_codes_are_made_on_the_device_and_are_those_of_the_moment(fast_directory: Path, rest: str) -> None:
+    training = new_training(fast_directory, rest=rest, model=Model().cuda())
+    for _ in range(6):
+        training.train()
+        training.save()
+    for handle in training.handles[1:]:
+        truth = check(training, handle.result())
+        assert coded_layers(handle.result())
+    assert_same(load(training, training.handles[-1].result()), truth)
+    training.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rest", ["q8", Q4, "compact", COMPACT4])
+def test_fused_codes_of_a_device_load_within_the_error_that_is_said_of_them(
+    fast_directory: Path, monkeypatch: pytest.MonkeyPatch, rest: str
+) -> None:
+    """Not bit for bit: a fused kernel may round ties otherwise."""
+    monkeypatch.setattr(kernels, "_MIN_COMPILED_NUMEL", 0)
+    monkeypatch.setattr(kernels, "_MIN_FUSED_NUMEL", 0)
+    training = new_training(fast_directory, rest=rest, strategy=nothing, model=Model().cuda())
+    for _ in range(3):
+        training.train()
+        path = training.save().result()
+    assert training.checkpointer._engine._encoder._kernels.are_fused
+    assert coded_layers(path) == set(BLOCKS)
+    assert verify_checkpoint(path).is_good
+    check_errors(open_checkpoint(path).manifest, load(training, path), training.states)
+    training.close()
