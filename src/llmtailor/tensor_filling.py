@@ -12,13 +12,15 @@ numpy moves what stays in host memory: a torch operation in a thread of ours wou
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .boxes import Box, box_runs, num_runs
@@ -29,6 +31,7 @@ __all__ = ["FileFiller", "Spread", "Target", "Targets", "copy_overlaps", "fill_t
 
 # What numpy knows of each size, whatever the elements are.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ARRAY_TYPES = {torch.uint8: np.uint8, torch.int16: np.int16, torch.int32: np.int32, torch.int64: np.int64}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +127,24 @@ def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
     """Copy within host memory by numpy, elsewhere by torch; one shape and element type."""
     if target.device.type == "cpu" and not target.is_conj() and not target.is_neg():
         integers = _INTEGERS[target.element_size()]
-        np.copyto(np.from_dlpack(target.view(integers)), np.from_dlpack(source.view(integers)))
+        np.copyto(_writable_array(target.view(integers)), np.from_dlpack(source.view(integers)))
     else:
         target.copy_(source)
+
+
+def _writable_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """A tensor of integers in host memory as an array to write to; valid as long as the tensor is there.
+
+    Not by ``numpy()``: after that torch refuses to resize the tensor's memory, as offloading does. Not by
+    ``from_dlpack``: before numpy 2.3 that is for reading alone.
+    """
+    if not tensor.numel():
+        return np.empty(tensor.shape, dtype=_ARRAY_TYPES[tensor.dtype])
+    size = tensor.element_size()
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = (ctypes.c_byte * ((last + 1) * size)).from_address(tensor.data_ptr())
+    strides = [stride * size for stride in tensor.stride()]
+    return np.ndarray(tensor.shape, dtype=_ARRAY_TYPES[tensor.dtype], buffer=memory, strides=strides)
 
 
 class FileFiller:
@@ -194,8 +212,7 @@ class _TensorFiller:
         else:
             # Not reshape: a dimension of size 1 may have any stride, and keeps it there.
             self._flat = self._tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-        # Not by ``numpy()``: after that torch refuses to resize the tensor's memory, as offloading does.
-        self.host = np.from_dlpack(self._flat) if self._flat.device.type == "cpu" else None
+        self.host = _writable_array(self._flat) if self._flat.device.type == "cpu" else None
 
     def put(self, offset: int, piece: memoryview) -> None:
         source = np.frombuffer(piece, dtype=np.uint8)
