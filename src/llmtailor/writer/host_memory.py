@@ -35,7 +35,8 @@ class HostMemory:
             self._let_go()
             return
         memory = mmap.mmap(-1, nbytes)
-        with contextlib.suppress(OSError, AttributeError):  # a kernel without huge pages is slower the first time
+        # Shared memory has huge pages only where the kernel was told so (shmem_enabled=advise).
+        with contextlib.suppress(OSError, AttributeError):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(memory, dtype=np.uint8)
         self.tensor: torch.Tensor = torch.from_numpy(self.bytes)
@@ -69,4 +70,4 @@ class HostMemory:
 
     def _let_go(self) -> None:
         self.bytes = np.empty(0, dtype=np.uint8)
-        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self.tensor = torch.empty(0, dtype=torch.uint8, device="cpu")

@@ -7,13 +7,11 @@ A piece is a stretch of pages that becomes a stretch of a file. Pieces are taken
 by others in any order; room is won when the oldest is given back. An empty ring starts over at its first page, so that
 small saves touch little memory.
 
-Fresh pages are what copying to host memory costs most (0.7 s per GB against 0.1), so they are asked for in huge ones,
-and kept.
+Fresh pages are what copying to host memory costs most (0.7 s per GB against 0.1), so they are kept.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -25,6 +23,7 @@ import torch
 
 from ..errors import InvalidInputError, WriteError
 from ..storage import ALIGNMENT, pad
+from .free_memory import free_nbytes
 from .host_memory import HostMemory
 
 __all__ = ["MIN_POOL_NBYTES", "HostPool", "Piece", "default_pool_nbytes"]
@@ -60,15 +59,8 @@ class Piece:
 
 
 def default_pool_nbytes() -> int:
-    """How much host memory a run may take for its saves if nobody says: a quarter of what is free now.
-
-    Source: Linux, Documentation/filesystems/proc.rst (MemAvailable).
-    """
-    available = 0
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo", encoding="ascii") as file:
-        fields = dict(line.split(":", 1) for line in file)
-        available = int(fields.get("MemAvailable", "0 kB").split()[0]) * 1024
-    return max(_MIN_DEFAULT_NBYTES, available // _DEFAULT_SHARE)
+    """How much host memory a run may take for its saves if nobody says: a quarter of what is free now."""
+    return max(_MIN_DEFAULT_NBYTES, free_nbytes() // _DEFAULT_SHARE)
 
 
 class HostPool:
