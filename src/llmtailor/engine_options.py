@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
@@ -12,7 +13,14 @@ from .interval import Interval, parse_interval
 from .retention import Keep, parse_keep
 from .writer import Durability, WhenBusy
 
-__all__ = ["DEFAULT_COMMIT_TIMEOUT_SECS", "EngineOptions", "check_options", "engine_options", "refuse_interval"]
+__all__ = [
+    "DEFAULT_COMMIT_TIMEOUT_SECS",
+    "EngineOptions",
+    "check_options",
+    "engine_options",
+    "refuse_interval",
+    "refuse_unknown",
+]
 
 DEFAULT_COMMIT_TIMEOUT_SECS = 600.0
 
@@ -63,6 +71,28 @@ def engine_options(options: Mapping[str, Any]) -> EngineOptions:
     return cast(EngineOptions, {key: options[key] for key in EngineOptions.__annotations__ if key in options})
 
 
+def refuse_unknown(options: Mapping[str, object], known: Collection[str], *, others: Collection[str] = ()) -> None:
+    """Refuse options that nobody reads: a misspelt one would be left out silently.
+
+    Args:
+        options: As given.
+        known: Those that may be among them.
+        others: What else the caller takes by name, for the hint.
+
+    Raises:
+        InvalidInputError: Says which.
+    """
+    if unknown := sorted(options.keys() - set(known)):
+        near = difflib.get_close_matches(unknown[0], [*known, *others], n=1)
+        raise InvalidInputError(
+            "unknown option",
+            kind="option",
+            expected=", ".join(sorted({*known, *others})),
+            found=", ".join(unknown),
+            hint=f"did you mean {near[0]}?" if near else None,
+        )
+
+
 def check_options(options: EngineOptions, *, has_peers: bool = False) -> None:
     """Refuse options that make no sense, before anything is opened.
 
@@ -74,6 +104,7 @@ def check_options(options: EngineOptions, *, has_peers: bool = False) -> None:
         InvalidInputError: Says which.
         UnsupportedError: Several ranks cannot agree on one.
     """
+    refuse_unknown(options, EngineOptions.__annotations__)
     choices = {"capture": ("lazy", "blocking"), "when_busy": ("wait", "skip"), "durable": ("local", "mirror")}
     given: Mapping[str, object] = {**options}
     for name, values in choices.items():

@@ -34,3 +34,39 @@ def test_a_second_resume_is_in_the_epoch_that_the_first_began() -> None:
     rest = [batch.tolist() for batch in epoch]
     assert [batch.tolist() for batch in resumed(state, rng)] == rest
     assert sorted(number for batch in used + rest for number in batch) == list(range(8))
+
+
+def test_an_epoch_left_by_break_counts() -> None:
+    torch.manual_seed(0)
+    batches = new()
+    for expected in range(3):
+        assert batches.epoch == expected
+        for number, _ in enumerate(batches):
+            if number == 1:
+                break
+        assert batches.num_used == 2
+        state, rng = batches.state_dict(), capture_rng()
+        batches = resumed(state, rng)
+        list(batches)
+
+
+def test_epochs_left_by_break_one_after_the_other_count() -> None:
+    torch.manual_seed(0)
+    batches = new()
+    for _ in range(3):
+        next(iter(batches))
+    assert (batches.epoch, batches.num_used) == (2, 1)
+    list(batches)
+    assert batches.epoch == 4
+
+
+def test_position_is_found_again_on_another_number_of_devices() -> None:
+    """Loaders draw on the host; the state of devices that are gone is not asked for."""
+    torch.manual_seed(0)
+    batches = new()
+    epoch = iter(batches)
+    next(epoch)
+    state, rng = batches.state_dict(), capture_rng()
+    state["epoch_rng"]["cuda"] = [torch.zeros(16, dtype=torch.uint8)] * 9
+    rest = [batch.tolist() for batch in epoch]
+    assert [batch.tolist() for batch in resumed(state, rng)] == rest

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from .small_files import capture_rng, restore_rng
+from .small_files import capture_rng, restore_host_rng, restore_rng
 
 __all__ = ["Batches"]
 
@@ -24,8 +24,8 @@ BatchT = TypeVar("BatchT")
 class Batches(Generic[BatchT]):
     """A loader that knows its position. Iterating is one epoch, or what is left of it after a resume.
 
-    ``epoch`` counts the epochs begun before the current one, so a resumed loop goes on with
-    ``for epoch in range(batches.epoch, num_epochs)``.
+    ``epoch`` counts the epochs begun before the current one, also those left by ``break``, so a resumed loop goes on
+    with ``for epoch in range(batches.epoch, num_epochs)``.
     """
 
     def __init__(self, loader: Iterable[BatchT]) -> None:
@@ -36,19 +36,25 @@ class Batches(Generic[BatchT]):
         """Batches of this epoch that training has taken."""
         self._epoch_rng: dict[str, Any] | None = None
         self._is_resumed = False
+        self._is_under_way = False
+        """An epoch was begun, and not ended."""
 
     def __iter__(self) -> Iterator[BatchT]:
         # A plain loader that was saved between two epochs begins the next one as it would have.
         if self._is_resumed and (self.num_used or self._is_stateful):
             batches = self._replay()
         else:
+            if self._is_under_way:  # left by ``break``
+                self.epoch += 1
             self.num_used = 0
             self._epoch_rng = None if self._is_stateful else capture_rng() | _capture_generators(self._loader)
             batches = iter(self._loader)
         self._is_resumed = False
+        self._is_under_way = True
         for batch in batches:
             self.num_used += 1
             yield batch
+        self._is_under_way = False
         self.epoch += 1
         self.num_used = 0
         self._epoch_rng = None
@@ -61,7 +67,8 @@ class Batches(Generic[BatchT]):
             return self._start_next_epoch()
         now = capture_rng()
         if self._epoch_rng is not None:
-            restore_rng(self._epoch_rng)
+            # Loaders draw on the host; the devices may be others than at the save.
+            restore_host_rng(self._epoch_rng)
             _restore_generators(self._loader, self._epoch_rng["generators"])
         batches = iter(self._loader)
         for _ in range(0 if self._is_stateful else self.num_used):
@@ -91,7 +98,7 @@ class Batches(Generic[BatchT]):
         """Go to a saved position; the next iteration is the rest of that epoch."""
         self.epoch, self.num_used = state["epoch"], state["num_used"]
         self._epoch_rng = state["epoch_rng"]
-        self._is_resumed = True
+        self._is_resumed, self._is_under_way = True, False
         _restore_generators(self._loader, state["generators"])
         if self._is_stateful:
             self._loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Collection, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ __all__ = [
     "load_rng",
     "read_objects",
     "read_progress",
+    "restore_host_rng",
     "restore_rng",
     "save_objects",
     "save_rng",
@@ -88,29 +90,60 @@ def check_objects(objects: Mapping[str, Stateful]) -> None:
         UnsupportedError: A ``state_dict()`` holds more than tensors, numbers, text and containers.
     """
     for name, each in objects.items():
-        buffer = io.BytesIO()
-        try:
-            torch.save(_without_data(each.state_dict()), buffer)
-            buffer.seek(0)
-            torch.load(buffer, map_location="cpu", weights_only=True)
-        except Exception as err:  # torch and pickle raise a dozen types for what they refuse
+        state = _change_leaves(each.state_dict(), _without_data)
+        if (err := _why_not_readable(state)) is not None:
+            place, value = _find_unreadable(state)
             raise UnsupportedError(
-                f"the state of {name!r} could not be read back: {str(err).splitlines()[0]}",
+                f"the state of {name!r} could not be read back",
                 kind="object-state",
                 expected="a state_dict() of tensors, numbers, text and containers",
+                found=f"{place or 'all of it'}: {type(value).__module__}.{type(value).__qualname__}",
                 hint="turn other objects into one of these in state_dict() and back in load_state_dict()",
             ) from err
 
 
-def _without_data(value: Any) -> Any:
-    """The same with empty tensors, which cost nothing to save."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().new_empty(0)
-    if type(value) is dict:
-        return {key: _without_data(each) for key, each in value.items()}
+def _why_not_readable(state: object) -> Exception | None:
+    buffer = io.BytesIO()
+    try:
+        torch.save(state, buffer)
+        buffer.seek(0)
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except Exception as err:  # torch and pickle raise a dozen types for what they refuse
+        return err
+    return None
+
+
+def _find_unreadable(value: Any, place: str = "") -> tuple[str, object]:
+    """The innermost value that cannot be read back, and where it is."""
+    for key, each in _items_of(value):
+        if _why_not_readable(each) is not None:
+            return _find_unreadable(each, f"{place}[{key!r}]")
+    return place, value
+
+
+def _items_of(value: Any) -> Iterable[tuple[object, Any]]:
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, (list, tuple)) else ()
+
+
+def _change_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same containers with other values in them."""
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _change_leaves(each, change)) for key, each in value.items())
     if type(value) in (list, tuple):
-        return type(value)(_without_data(each) for each in value)
-    return value
+        return type(value)(_change_leaves(each, change) for each in value)
+    return change(value)
+
+
+def _to_plain(value: Any) -> Any:
+    """Numbers of numpy as Python's, which are read back without code of numpy's: ``lr * np.cos(...)`` makes some."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _without_data(value: Any) -> Any:
+    """An empty tensor costs nothing to save."""
+    return value.detach().new_empty(0) if isinstance(value, torch.Tensor) else _to_plain(value)
 
 
 def save_objects(directory: Path, objects: Mapping[str, Stateful], *, rank: int | None = None) -> None:
@@ -126,7 +159,7 @@ def save_objects(directory: Path, objects: Mapping[str, Stateful], *, rank: int 
     """
     check_objects(objects)
     for name, each in objects.items():
-        torch.save(each.state_dict(), directory / f"{_of_rank(name, rank)}.pt")
+        torch.save(_change_leaves(each.state_dict(), _to_plain), directory / f"{_of_rank(name, rank)}.pt")
 
 
 def _of_rank(stem: str, rank: int | None) -> str:
@@ -210,11 +243,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     Raises:
         IncompatibleError: The number of CUDA devices differs.
     """
-    python, numpy = state["python"], state["numpy"]
-    random.setstate((python["version"], tuple(python["internal"]), python["gauss_next"]))
-    keys = np.array(numpy["keys"], dtype=np.uint32)
-    np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
-    torch.set_rng_state(state["cpu"])
+    restore_host_rng(state)
     saved = state.get("cuda", [])
     live = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(saved) != live:
@@ -223,10 +252,19 @@ def restore_rng(state: Mapping[str, Any]) -> None:
             kind="rng-devices",
             expected=len(saved),
             found=live,
-            hint="run on as many devices, or resume with restore_rng=False and accept other random numbers",
+            hint="run on as many devices, or resume with random_state=False and accept other random numbers",
         )
     if saved:
         torch.cuda.set_rng_state_all(saved)
+
+
+def restore_host_rng(state: Mapping[str, Any]) -> None:
+    """Set the generators of the host to a captured state: python, numpy, torch's on the CPU."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["internal"]), python["gauss_next"]))
+    keys = np.array(numpy["keys"], dtype=np.uint32)
+    np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
+    torch.set_rng_state(state["cpu"])
 
 
 def load_rng(directory: Path, *, rank: int | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 from ..checkpoint import Checkpoint, describe_layers
 from ..checkpointer import Checkpointer
 from ..drift import LayerDrift
-from ..engine_options import EngineOptions, engine_options
+from ..engine_options import EngineOptions, engine_options, refuse_unknown
 from ..errors import IncompatibleError, InvalidInputError, TailorError
 from ..load import plan_load
 from ..meeting import Outcome
@@ -22,6 +23,7 @@ from ..model_state import is_adapted
 from ..ranks import join_ranks
 from ..resume import Fill, ResumeLimits, load_named
 from ..retention import METRICS_NAME, Keep, encode_metrics
+from ..step_rules import check_step
 from ..strategies import SaveContext, Strategy
 from ..writer import SaveHandle
 from .batches import Batches
@@ -87,7 +89,7 @@ class Run:
         state: More objects with ``state_dict``, by name.
         split_experts: Every expert of a block is a layer of its own.
         layer_overrides: Layers of your own: name -> globs over parameter names.
-                **options: ``rest``, ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``,
+        **options: ``rest``, ``capture``, ``pool_nbytes``, ``max_in_flight``, ``when_busy``, ``mirror``,
             ``mirror_keep``, ``keep_optimizer``, ``durable``, ``spread_layers``, ``commit_timeout_secs``, ``monitor``,
             ``interval``: see ``EngineOptions``; ``on_sigterm``, ``grace_secs``: see ``PreemptionOptions``.
 
@@ -115,6 +117,8 @@ class Run:
         layer_overrides: Mapping[str, Sequence[str]] | None = None,
         **options: Unpack[RunOptions],
     ) -> None:
+        own = inspect.signature(Run).parameters.keys() - {"options"}
+        refuse_unknown(options, RunOptions.__annotations__, others=own)
         if save_steps < 1:
             raise InvalidInputError(
                 "save_steps makes no sense", kind="save-steps", expected="a number >= 1", found=save_steps
@@ -281,12 +285,14 @@ class Run:
             A handle: ``captured()`` and ``result()`` wait for the two moments; a save that failed says so there.
 
         Raises:
+            InvalidInputError: The step is no whole number.
             WriteError: Two saves in a row failed; training may go on.
         """
+        plain_step = check_step(step)
 
         def write_small_files(directory: Path) -> None:
             if not self._rank:
-                write_progress(directory, step, self._objects)
+                write_progress(directory, plain_step, self._objects)
                 save_objects(directory, self._shared_objects)
                 _save_config(self._model, directory)
                 if metrics is not None:
@@ -294,7 +300,7 @@ class Run:
             save_objects(directory, self._own_objects, rank=self._rank)
             save_rng(directory, rank=self._rank)
 
-        return self._checkpointer.save(step, self._model, self._optimizers, write_small_files)
+        return self._checkpointer.save(plain_step, self._model, self._optimizers, write_small_files)
 
     def measure(self, step: int) -> Mapping[str, LayerDrift]:
         """How each layer moved since its last save, now; with ``monitor=True`` or a strategy that asks for it.
@@ -350,9 +356,14 @@ class Run:
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    while isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
-        model = model.module
-    return model
+    while True:
+        # What torch.compile makes has the module as a child of that name; naming its class would import the compiler.
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            inner = model.module
+        if not isinstance(inner, torch.nn.Module):
+            return model
+        model = inner
 
 
 def _name_objects(
