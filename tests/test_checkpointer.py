@@ -20,6 +20,7 @@ from llmtailor.errors import (
     UnsupportedError,
     WriteError,
 )
+from llmtailor.manifest import MANIFEST_NAME
 from llmtailor.storage import LocalFileSystem, list_checkpoints
 from llmtailor.verify import verify_checkpoint
 from llmtailor.writer import SaveHandle
@@ -258,6 +259,7 @@ def test_failed_saves_warn_then_raise_and_then_recover(tmp_path: Path, monkeypat
 
 def test_run_that_died_before_its_first_save_names_what_it_set_aside(tmp_path: Path) -> None:
     (tmp_path / "_checkpoint-7.superseded").mkdir()
+    (tmp_path / "_checkpoint-7.superseded" / MANIFEST_NAME).touch()
     checkpointer = Checkpointer(tmp_path)
     with pytest.warns(SupersededWarning, match=r"_checkpoint-7\.superseded.* rename it to checkpoint-7"):
         assert checkpointer.find() is None

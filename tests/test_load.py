@@ -12,7 +12,7 @@ from faults import flip_bit, overwrite
 from llmtailor import Run
 from llmtailor.checkpoint import Checkpoint, open_checkpoint
 from llmtailor.checkpointer import Checkpointer
-from llmtailor.errors import FormatError, IncompatibleError, IntegrityError, NotFoundError
+from llmtailor.errors import FormatError, IncompatibleError, IntegrityError, NotFoundError, UnsupportedError
 from llmtailor.formats.safetensors import plan_layout
 from llmtailor.load import load_model, load_optimizers, plan_load
 from llmtailor.manifest import MANIFEST_NAME, FileRecord, digest_of, encode_manifest
@@ -178,24 +178,15 @@ def test_state_that_was_not_saved_is_gone(tmp_path: Path) -> None:
     assert not live.state
 
 
-def test_state_is_memory_of_its_own(tmp_path: Path) -> None:
-    """A parameter that two optimizers update has two states."""
+def test_parameter_in_two_optimizers_is_refused(tmp_path: Path) -> None:
+    """Its two states would have one name."""
     model, first = trained(adam, seed=1)
-    second = adam(model)
-    second.step()
     checkpointer = Checkpointer(tmp_path)
-    path = checkpointer.save(1, model, [first, second], lambda directory: None).result()
+    with pytest.raises(UnsupportedError) as caught:
+        checkpointer.save(1, model, [first, adam(model)], lambda directory: None)
     checkpointer.close()
-    other = Mixed(2)
-    optimizers = [adam(other), adam(other)]
-    load_optimizers(open_checkpoint(path), read_model(other), optimizers)
-    tensors = [tensor for each in optimizers for tensor in state_tensors(each)]
-    assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors) > 0
-    assert_same(snapshot_optimizer(other, optimizers[0]), snapshot_optimizer(other, optimizers[1]))
-
-
-def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [tensor for state in optimizer.state.values() for tensor in state.values()]
+    assert caught.value.kind == "shared-parameter"
+    assert caught.value.fqn in dict(model.named_parameters())
 
 
 def test_whoever_watches_a_tensor_sees_that_it_is_written_to(saved: Checkpoint) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from .drift import mean_age
 from .errors import IncompleteError
 from .formats.manifest_file import read_manifest
+from .layers import ROOT_STACK
 from .manifest import EncodingRecord, LayerRecord, Manifest
 
 __all__ = [
@@ -104,7 +105,7 @@ def _join_blocks(layers: Sequence[LayerRecord]) -> list[str]:
     for layer in layers:
         if layer.stack is not None and layer.stack == stack and layer.index == last + 1:
             last = layer.index
-            names[-1] = f"{stack}.{first}-{last}"
+            names[-1] = f"{first}-{last}" if stack == ROOT_STACK else f"{stack}.{first}-{last}"
             continue
         names.append(layer.name)
         stack = layer.stack

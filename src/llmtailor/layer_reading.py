@@ -287,7 +287,7 @@ def _whole_target(tensor: torch.Tensor) -> Target:
 
 
 def _new_tensor(meta: TensorMeta) -> torch.Tensor:
-    return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype))
+    return torch.empty(meta.shape, dtype=torch_dtype(meta.dtype), device="cpu")
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

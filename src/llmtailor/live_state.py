@@ -30,6 +30,7 @@ from .optimizer_state import (
     optimizer_class,
     parameter_names,
     read_groups,
+    shared_parameter,
     unwrap_optimizer,
 )
 from .shards import Shards
@@ -95,7 +96,7 @@ class LiveReader:
         state = self.read_model(module)
         names = parameter_names(state.parameters())
         readers = self._readers([unwrap_optimizer(optimizer) for optimizer in optimizers])
-        states = {fqn: each for reader in readers for fqn, each in reader.read(names).items()}
+        states = _unite([reader.read(names) for reader in readers])
         layers = tuple(layer for layer in state.layers if any(fqn in state.tensors for fqn in layer.fqns))
         if state is not self._state:
             self._state, self._planned = state, {}
@@ -128,6 +129,21 @@ class LiveReader:
         planned = _plan_layer(layer, weights, own, rank=self._seat.rank, is_owner=self._seat.owns(number))
         self._planned[layer.name] = found, planned
         return planned
+
+
+def _unite(of_optimizers: Sequence[Mapping[str, ParameterState]]) -> dict[str, ParameterState]:
+    """The state of every parameter, by name.
+
+    Raises:
+        UnsupportedError: A parameter is in two optimizers.
+    """
+    united: dict[str, ParameterState] = {}
+    for states in of_optimizers:
+        for fqn, state in states.items():
+            if fqn in united:
+                raise shared_parameter(fqn)
+            united[fqn] = state
+    return united
 
 
 def _is(one: object, other: object) -> bool:

@@ -173,8 +173,7 @@ def _torch_shape(optimizer: Optimizer, leaf: str, shape: tuple[int, ...]) -> tup
     Source:
         torch 2.13, optim/_adafactor.py for ``row_var`` and ``col_var``.
     """
-    # Adafactor and Muon say "torch.optim", the others name their file.
-    if type(optimizer).__module__.split(".")[:2] != ["torch", "optim"]:
+    if not _is_of_torch(optimizer):
         return None
     if leaf in _ELEMENTWISE:
         return shape
@@ -183,8 +182,15 @@ def _torch_shape(optimizer: Optimizer, leaf: str, shape: tuple[int, ...]) -> tup
     return None
 
 
+def _is_of_torch(optimizer: Optimizer) -> bool:
+    # Adafactor and Muon say "torch.optim", the others name their file.
+    return type(optimizer).__module__.split(".")[:2] == ["torch", "optim"]
+
+
 def _option_faults(optimizer: Optimizer, live: _NamedGroups, groups: Sequence[ParameterGroup]) -> Iterator[_Fault]:
     group_of = {fqn: index for index, group in enumerate(groups) for fqn in group.parameters}
+    # Another maker's may add options in its first step, as Prodigy does.
+    may_be_late = not _is_of_torch(optimizer) and not optimizer.state
     for number, (group, members) in enumerate(zip(optimizer.param_groups, live, strict=True)):
         # Saved group -> its first parameter here, for the message.
         sources: dict[int, str] = {}
@@ -196,7 +202,7 @@ def _option_faults(optimizer: Optimizer, live: _NamedGroups, groups: Sequence[Pa
             together = f"group {number} puts it together with {first_fqn}"
             yield from _disagreements(together, fqn, groups[first_index].options, groups[index].options)
             for name, value in groups[index].options.items():
-                if name not in group and name not in _LATE_OPTIONS:
+                if name not in group and name not in _LATE_OPTIONS and not may_be_late:
                     yield _Fault(f"group {number} does not know the option {name!r}", fqn, "no such option", value)
 
 

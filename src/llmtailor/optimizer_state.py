@@ -43,6 +43,7 @@ __all__ = [
     "parameter_names",
     "read_groups",
     "read_state",
+    "shared_parameter",
     "unwrap_optimizer",
     "update_count",
 ]
@@ -103,13 +104,25 @@ def unwrap_optimizer(optimizer: object) -> Optimizer:
     """
     inner = getattr(optimizer, "optimizer", None)
     if inner is None or inner is optimizer:
-        if isinstance(optimizer, Optimizer):
-            return optimizer
-        raise _unsupported_optimizer("not a torch optimizer", optimizer)
+        if not isinstance(optimizer, Optimizer):
+            raise _unsupported_optimizer("not a torch optimizer", optimizer)
+        _refuse_hidden_state(optimizer)
+        return optimizer
     found = unwrap_optimizer(inner)
     if getattr(optimizer, "state", found.state) is not found.state:
         raise _unsupported_optimizer("a wrapper with state of its own", optimizer)
     return found
+
+
+def _refuse_hidden_state(optimizer: Optimizer) -> None:
+    """Refuse one that leaves the work to others, whose state nobody would see.
+
+    Source: torch 2.13, distributed/optim/zero_redundancy_optimizer.py (``optim``, whose state is a rank's share).
+    """
+    for value in vars(optimizer).values():
+        for other in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(other, Optimizer) and other is not optimizer and other.state is not optimizer.state:
+                raise _unsupported_optimizer(f"a wrapper around {_class_path(other)}, with state of its own", optimizer)
 
 
 def _unsupported_optimizer(what: str, found: object) -> UnsupportedError:
@@ -118,6 +131,17 @@ def _unsupported_optimizer(what: str, found: object) -> UnsupportedError:
         kind="optimizer-type",
         expected="a torch.optim.Optimizer, or one in .optimizer of a wrapper",
         found=_class_path(found),
+    )
+
+
+def shared_parameter(fqn: str) -> UnsupportedError:
+    """The error for a parameter that two optimizers update: their states would have one name."""
+    return UnsupportedError(
+        "a parameter is in two optimizers",
+        kind="shared-parameter",
+        fqn=fqn,
+        expected="optimizers that share no parameters",
+        hint="give each optimizer parameters of its own; one that is done can be left out",
     )
 
 

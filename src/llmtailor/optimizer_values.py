@@ -99,7 +99,7 @@ def _number_tensor(path: str, value: bool | int | float, fqn: str) -> torch.Tens
     kind = type(value)
     if kind is int and not -(2**63) <= value < 2**63:
         raise _refuse(path, fqn, "an int of more than 64 bits")
-    return torch.tensor(value, dtype=torch_dtype(NUMBERS[kind.__name__].dtype))
+    return torch.tensor(value, dtype=torch_dtype(NUMBERS[kind.__name__].dtype), device="cpu")
 
 
 def _refuse(path: str, fqn: str, found: str) -> UnsupportedError:

@@ -318,6 +318,7 @@ class _Search:
         if self._bad or self._unfit:
             raise _none_left(self._runs[0].path, self._bad, self._unfit, self._limits)
         for run in self._runs:
+            _refuse_quarantined(run.path)
             _name_superseded(run.path)
         return None
 
@@ -404,9 +405,27 @@ def _find_run_id_of(path: Path) -> str | None:
         return None
 
 
+def _refuse_quarantined(run: Path) -> None:
+    """A job that is started again after all was found bad would train from the start, and nobody would notice."""
+    bad = [entry for entry in list_set_aside(run) if entry.kind == "bad"]
+    if bad:
+        raise IntegrityError(
+            "no checkpoint of the run verifies: all were set aside before",
+            kind="none-verifies",
+            path=run,
+            expected="at least one whose files are as they were published",
+            found=", ".join(entry.path.name for entry in bad[-10:]),
+            hint="restore one from a copy; to start anew, move these away or give another directory",
+        )
+
+
 def _name_superseded(run: Path) -> None:
     """A run that died before its own first checkpoint has set the one before it aside: say so."""
-    superseded = [entry for entry in list_set_aside(run) if entry.kind == "superseded"]
+    superseded = [
+        entry
+        for entry in list_set_aside(run)
+        if entry.kind == "superseded" and (entry.path / MANIFEST_NAME).is_file()
+    ]
     if superseded:
         newest = superseded[-1]
         warnings.warn(

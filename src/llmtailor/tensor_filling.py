@@ -144,7 +144,7 @@ def _writable_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     memory = (ctypes.c_byte * ((last + 1) * size)).from_address(tensor.data_ptr())
     strides = [stride * size for stride in tensor.stride()]
-    return np.ndarray(tensor.shape, dtype=_ARRAY_TYPES[tensor.dtype], buffer=memory, strides=strides)
+    return np.ndarray(tensor.shape, dtype=_ARRAY_TYPES[tensor.dtype], buffer=memoryview(memory).cast("B"), strides=strides)
 
 
 class FileFiller:
@@ -208,7 +208,7 @@ class _TensorFiller:
         self._is_flagged = tensor.is_conj() or tensor.is_neg()
         self.is_gathering = self._is_flagged or not tensor.is_contiguous()
         if self.is_gathering:
-            self._flat = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8)
+            self._flat = torch.empty(tensor.numel() * tensor.element_size(), dtype=torch.uint8, device="cpu")
         else:
             # Not reshape: a dimension of size 1 may have any stride, and keeps it there.
             self._flat = self._tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
@@ -234,7 +234,7 @@ class _SpreadFiller:
 
     def __init__(self, spread: Spread) -> None:
         self._spread = spread
-        self._memory = torch.empty(spread.shard.numel, dtype=spread.dtype)
+        self._memory = torch.empty(spread.shard.numel, dtype=spread.dtype, device="cpu")
         self._filler = _TensorFiller(self._memory)
 
     def put(self, offset: int, piece: memoryview) -> None:

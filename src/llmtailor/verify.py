@@ -127,7 +127,7 @@ def changed_bytes(path: Path, expected: str, found: str) -> IntegrityError:
 
 
 def verify_checkpoint(
-    checkpoint: Path,
+    checkpoint: str | Path,
     *,
     on_file: Callable[[FileRecord], None] = lambda record: None,
     digests: MutableMapping[FileState, str] | None = None,
@@ -148,6 +148,7 @@ def verify_checkpoint(
     Raises:
         NotFoundError: There is no checkpoint.
     """
+    checkpoint = Path(checkpoint)
     try:
         manifest, _ = read_manifest(checkpoint)
     except FormatError as err:
