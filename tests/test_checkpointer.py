@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,23 @@ def test_step_that_goes_backwards_is_refused(parity: Training) -> None:
     with pytest.raises(InvalidInputError) as caught:
         parity.save(4)
     assert caught.value.kind == "step-order"
+
+
+@pytest.mark.parametrize("step", [np.int64(3), np.uint8(3), torch.tensor(3)], ids=repr)
+def test_whole_numbers_of_other_libraries_are_steps(parity: Training, step: Any) -> None:
+    path = parity.save(step).result()
+    assert path.name == "checkpoint-3"
+    assert type(open_checkpoint(path).manifest.step) is int
+    assert parity.save(3).path == path
+
+
+@pytest.mark.parametrize("step", [1.0, True, -1, "1", None, np.float32(1)], ids=repr)
+def test_steps_that_are_none_are_refused_before_anything_is_done(parity: Training, step: Any) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        parity.save(step)
+    assert caught.value.kind == "step-type"
+    assert type(step).__name__ in str(caught.value)
+    assert parity.save(1).error is None
 
 
 def test_layers_whose_earlier_files_are_gone_are_written(parity: Training) -> None:

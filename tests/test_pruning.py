@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llmtailor import Run, export
 from llmtailor.checkpoint import open_checkpoint
 from llmtailor.errors import IncompleteError, InvalidInputError, NotFoundError, WriteError
 from llmtailor.integrations.transformers import tailor
-from llmtailor.pruning import apply_retention, read_metrics, thin_checkpoint
+from llmtailor.pruning import _remembered_of, apply_retention, read_metrics, thin_checkpoint
 from llmtailor.retention import METRICS_NAME, Keep, encode_metrics
 from llmtailor.save_history import recipe_of_run
 from llmtailor.storage import PINS_NAME, RunDirectory, add_pin, list_checkpoints
@@ -76,10 +77,25 @@ def test_removal_that_fails_is_returned_and_the_next_one_goes_on(tmp_path: Path)
     filesystem.fault = Fault(at=len(filesystem.calls) + 1, errno=errno.EIO)
     error = apply_retention(run, keep=1, keep_consistent=False)
     assert isinstance(error, WriteError)
-    assert (error.kind, steps_of(run)) == ("io", [1, 2, 3])
+    assert (error.kind, steps_of(run)) == ("io", [1, 3])
     assert apply_retention(run, keep=1, keep_consistent=False) is None
     assert steps_of(run) == [3]
     run.close()
+
+
+def test_one_that_cannot_be_removed_keeps_no_other(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = RunDirectory.remove
+
+    def refuse(run: RunDirectory, path: Path) -> None:
+        if path.name in ("checkpoint-1", "checkpoint-3"):
+            raise WriteError("no such luck", kind="io", path=path)
+        remove(run, path)
+
+    monkeypatch.setattr(RunDirectory, "remove", refuse)
+    error = apply_retention(run, keep=Keep(last=1, optimizer=1, consistent=False))
+    assert isinstance(error, WriteError)
+    assert error.path == str(run.path / "checkpoint-1"), "the first"
+    assert steps_of(run) == [1, 3, 5]
 
 
 def test_device_that_fails_is_returned_too(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +160,24 @@ def test_a_checkpoint_is_looked_at_once(run: RunDirectory, monkeypatch: pytest.M
     monkeypatch.setattr("llmtailor.pruning.read_manifest", lambda path: pytest.fail(f"{path} was read again"))
     assert apply_retention(run, keep=3) is None
     assert steps_of(run) == [1, 4, 5]
+
+
+def test_a_checkpoint_is_looked_at_once_however_many_stay(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = run.path / "checkpoint-1" / "tailor.json"
+    for step in range(10, 4200):
+        (run.path / f"checkpoint-{step}").mkdir()
+        (run.path / f"checkpoint-{step}" / "tailor.json").hardlink_to(manifest)
+    assert apply_retention(run, keep=Keep(last=1, every=1)) is None
+    monkeypatch.setattr("llmtailor.pruning.read_manifest", lambda path: pytest.fail(f"{path} was read again"))
+    assert apply_retention(run, keep=Keep(last=1, every=1)) is None
+
+
+def test_what_is_remembered_of_checkpoints_that_are_gone_is_forgotten(run: RunDirectory) -> None:
+    assert apply_retention(run, keep=Keep(last=1, every=1)) is None
+    assert len(_remembered_of(run.path)) == 5
+    shutil.rmtree(run.path / "checkpoint-2")
+    assert apply_retention(run, keep=Keep(last=1, every=1)) is None
+    assert len(_remembered_of(run.path)) == 4
 
 
 # Metrics

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -25,6 +27,12 @@ def test_all_names_every_lazy_name() -> None:
 def test_public_name_resolves(name: str) -> None:
     assert getattr(llmtailor, name) is not None
     assert name in dir(llmtailor)
+
+
+def test_strategies_are_reached_by_the_package_alone() -> None:
+    code = "import sys, llmtailor; assert 'torch' not in sys.modules; llmtailor.strategies.Budget('20GB')"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert "strategies" in dir(llmtailor)
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

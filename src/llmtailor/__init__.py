@@ -49,9 +49,13 @@ _LAZY = {
     "open_checkpoint": "llmtailor.checkpoint",
     "verify_checkpoint": "llmtailor.verify",
 }
+# Public packages, as attributes: ``llmtailor.strategies.Budget("20GB")``.
+_LAZY_PACKAGES = frozenset({"strategies"})
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LAZY_PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")  # which makes it an attribute
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)
@@ -60,4 +64,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_LAZY_PACKAGES})

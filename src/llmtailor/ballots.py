@@ -46,6 +46,8 @@ class Ballots:
         """Of all that were ever opened."""
         self._lost: frozenset[str] = frozenset()
         """Layers that were found lost, and not written since."""
+        self._is_left = False
+        """Training went on from another checkpoint since the last save."""
 
     def begin(self, step: int) -> int:
         """A save of this step is tried; returns how often it was before, which is the same on every rank."""
@@ -72,6 +74,7 @@ class Ballots:
             lost=self._lost,
         )
         self._keys.add(ballot.key)
+        self._is_left = False
         # A rank that was late looks for the verdict on the last save; those before that are done with.
         kept = [each for each in self._ballots if not each.is_forgotten][-_MAX_KEPT:]
         ballot.obsolete = kept[:-1] if self._ranks.is_coordinator else ()
@@ -85,8 +88,8 @@ class Ballots:
         ballot.fail(error, waits=False)
 
     def catch_up(self, learn: Callable[[Verdict], None]) -> None:
-        """Before a save is planned: hear what became of the last one."""
-        if not self._ballots or (verdict := self._ballots[-1].peek()) is None:
+        """Before a save is planned: hear what became of the last one, if this one follows it."""
+        if self._is_left or not self._ballots or (verdict := self._ballots[-1].peek()) is None:
             return
         self._ballots[-1].tidy_up(verdict)
         self._lost = frozenset() if verdict.error is None else self._lost | set(verdict.lost)
@@ -95,6 +98,11 @@ class Ballots:
         except (NotFoundError, FormatError) as err:
             # The votes on the next save will say so, on every rank.
             logger.warning("checkpoint-%s is published and cannot be opened here: %s", verdict.parent_step, err)
+
+    def leave(self) -> None:
+        """Training goes on from another checkpoint: the next save does not follow what the last one came to."""
+        self.catch_up(lambda verdict: None)
+        self._lost, self._is_left = frozenset(), True
 
     def part(self) -> None:
         """Before the run is closed: what the last save came to is heard of by all. Never raises.

@@ -10,7 +10,7 @@ So every source can be written as every target, and exporting is merging one sou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,12 +20,13 @@ from .state_tree import Note
 from .tensor_refs import CastTensor, TensorRef
 from .tensors import TensorMeta
 
-__all__ = ["Catalog", "GroupRef", "OptimizerRef", "SmallFile", "StateRef", "weights_to_train"]
+__all__ = ["Catalog", "GroupRef", "OptimizerRef", "SmallFile", "StateRef", "join_masters", "weights_to_train"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateRef:
-    """What an optimizer remembers of one parameter; the fp32 master weight is not part of it."""
+    """What an optimizer remembers of one parameter; an fp32 master weight is part of it as a format opens it, and not
+    in a merge (``masters.separate_masters``)."""
 
     tensors: Mapping[str, TensorRef]
     """By leaf as in the specification, section 3: ``step``, ``exp_avg``, ``quant/codes``. Python numbers are inline
@@ -81,6 +82,8 @@ class Catalog:
     """Further name -> name in ``weights``."""
     masters: Mapping[str, TensorRef] = field(default_factory=dict)
     """fp32 copies that the optimizer updates, where they are kept beside ``weights``; by fqn."""
+    master_leaves: Mapping[str, str] = field(default_factory=dict)
+    """Those of ``masters`` that were taken out of the state -> the leaf that they were."""
     states: Mapping[str, StateRef] = field(default_factory=dict)
     """By fqn; a parameter that the optimizer never updated is absent."""
     optimizers: tuple[OptimizerRef, ...] = ()
@@ -114,7 +117,19 @@ class Catalog:
         return self.layer_steps.get(layer, self.step)
 
 
-def weights_to_train(catalog: Catalog, dtype: str | None) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
+def join_masters(catalog: Catalog) -> Catalog:
+    """The same catalog with the masters that were leaves of the state among it again: as their optimizer keeps them."""
+    leaves = catalog.master_leaves
+    states = dict(catalog.states)
+    for fqn, leaf in leaves.items():
+        states[fqn] = replace(states[fqn], tensors={**states[fqn].tensors, leaf: catalog.masters[fqn]})
+    masters = {fqn: master for fqn, master in catalog.masters.items() if fqn not in leaves}
+    return replace(catalog, masters=masters, master_leaves={}, states=states)
+
+
+def weights_to_train(
+    catalog: Catalog, dtype: str | None, *, keeps_leaves: bool = False
+) -> tuple[dict[str, TensorRef], tuple[str, ...]]:
     """The weights for a framework that keeps no masters beside them.
 
     The masters become the weights: they are what the optimizer updates, so training goes on from them.
@@ -122,12 +137,15 @@ def weights_to_train(catalog: Catalog, dtype: str | None) -> tuple[dict[str, Ten
     Args:
         catalog: Of any format.
         dtype: Element type of floating-point weights, safetensors spelling; None keeps each as it is.
+        keeps_leaves: The target has the masters that were leaves of the state there again (``join_masters``).
 
     Returns:
         The weights in the catalog's order, and sentences about what was changed.
     """
     # A narrow type is asked for by those who want the model as it computes; then its own weights are the right ones.
     masters = catalog.masters if dtype in (None, "F32", "F64") else {}
+    if keeps_leaves and dtype is None:
+        masters = {fqn: master for fqn, master in masters.items() if fqn not in catalog.master_leaves}
     chosen = {fqn: masters.get(fqn, tensor) for fqn, tensor in catalog.weights.items()}
     widened = sum(chosen[fqn].meta != tensor.meta for fqn, tensor in catalog.weights.items())
     notes = [f"the weights of {widened} parameters are their fp32 masters"] if widened else []

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import Protocol, SupportsIndex, Unpack
 
 import torch
 
@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint
 from .codecs import SKIP, parse_rest
 from .drift import LayerDrift
 from .engine_options import DEFAULT_COMMIT_TIMEOUT_SECS, EngineOptions, check_options
-from .errors import InvalidInputError, StrategyIgnoredWarning, WriteError
+from .errors import InvalidInputError, WriteError
 from .flag_log import log_flags_and
 from .hold_back import hold_back
 from .interval import parse_interval
@@ -43,11 +43,12 @@ from .ranks import Ranks
 from .resume import Fill, ResumeLimits, find_resumable, load_resumable
 from .retention import Keep, parse_keep
 from .save_outcomes import SOFT_ERRORS, SaveOutcomes, translate_small_file_errors
-from .save_plan import Contents, SavePlan, encode_index, layer_statuses, plan_save
+from .save_plan import Contents, SavePlan, applicable_strategy, encode_index, layer_statuses, plan_save
+from .step_rules import check_step
 from .storage import LocalFileSystem, StagedCheckpoint, StagingSeat
 from .strategies import Full, Monitored, SaveContext, Strategy, parse_strategy
 from .tiers import Tiers
-from .writer import CodedImage, Engine, SaveHandle, admit, code_layer
+from .writer import CodedImage, Engine, SaveHandle, admit, code_layer, forget_frames
 
 __all__ = ["Checkpointer", "StateReader"]
 
@@ -115,7 +116,7 @@ class Checkpointer:
         self._options = options
         self._is_blocking = options.get("capture", "lazy") == "blocking"
         self._is_prepared = False
-        self._directory = Path(directory)
+        self._directory = Path(directory).absolute()
         self._newest: SaveHandle | None = None
         self._parent: Checkpoint | None = None
         """What training went on from."""
@@ -168,8 +169,7 @@ class Checkpointer:
 
     def _make_watch(self, timeout_secs: float) -> Watch | None:
         """What measures how layers move, if this run does."""
-        monitor = self._options.get("monitor", False)
-        if not monitor and not self._strategy.needs_drift:
+        if not (monitor := self._options.get("monitor", False)) and not self._strategy.needs_drift:
             return None
         on_warning = self._tiers.notices.append
         return Watch(self.meeting, self._directory, timeout_secs, on_warning, has_gradients=monitor == "gradients")
@@ -226,6 +226,8 @@ class Checkpointer:
         """
         self.drain()
         self._newest = None
+        if self._ballots is not None:
+            self._ballots.leave()
         self._lineage.begin(parent)
         self._parent = parent
         self.pace.begin(0 if parent is None else parent.manifest.step)
@@ -248,7 +250,7 @@ class Checkpointer:
         if self._watch is not None and not self._watch.has_begun:
             self._watch.begin(live, self._parent)
         self._engine.prepare([*live.images.values()])
-        if self._rest is not None and not isinstance(self._strategy_for(module), Full):
+        if self._rest is not None and not isinstance(applicable_strategy(self._strategy, module), Full):
             coded = [code_layer(image, self._rest) for image in live.images.values()]
             self._engine.compile([each for each in coded if each is not None])
 
@@ -256,6 +258,16 @@ class Checkpointer:
         """Measure how layers move from here on, if this run does; before the first step, after anything is loaded."""
         if self._watch is not None:
             self._watch.begin(self._reader.read(module, optimizers), self._parent)
+
+    @property
+    def measures(self) -> Watch | None:
+        """What measures how layers move; None if nothing does. See ``watch_on``."""
+        return self._watch
+
+    def watch_on(self, before: Watch | None) -> None:
+        """Measure from what was known when this run was closed, of a training that went on; after ``begin``."""
+        if self._watch is not None and before is not None:
+            self._watch.take_over(before)
 
     def measure(
         self, step: int, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
@@ -296,7 +308,7 @@ class Checkpointer:
 
     def save(
         self,
-        step: int,
+        step: SupportsIndex,
         module: torch.nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         write_small_files: Callable[[Path], None],
@@ -307,7 +319,8 @@ class Checkpointer:
         """Save one checkpoint, ``checkpoint-<step>``.
 
         Returns when buffers, small tensors and small files are copied; the rest is captured until the next step of an
-        optimizer. A step is saved once: asked again, the first save's handle comes back.
+        optimizer. A step is saved once: asked again, the first save's handle comes back. If a signal's handler raises
+        in here (Ctrl-C), what was begun by then goes on, and later calls work as ever.
 
         Args:
             step: Optimizer steps done.
@@ -321,18 +334,18 @@ class Checkpointer:
             The handle; a save that failed for reasons of the disk, or was skipped, says so in ``result()``.
 
         Raises:
-            InvalidInputError: The step is before that of the newest checkpoint.
+            InvalidInputError: The step is no whole number, or before that of the newest checkpoint.
             UnsupportedError, IncompatibleError: The state cannot be saved at all; at the first save, before training
                 went far.
             WriteError: Two saves in a row failed. Unless this one was the second, it was begun all the same.
         """
         called = time.perf_counter()
         self.collect()
+        step = check_step(step, self._lineage.newest_step)
         if self._has_peers and self._newest is not None and self._newest.step == step:
             self._engine.drain()  # its end is the same on every rank; whether it has come is not
         if self._newest is not None and self._newest.step == step and self._newest.error is None:
             return self._newest
-        self._check_step(step)
         if not self._make_room(step):
             return SaveHandle(step, is_skipped=True)
         handle = SaveHandle(step, durable=self._options.get("durable", "local"))
@@ -340,14 +353,19 @@ class Checkpointer:
         attempt = 0 if self._ballots is None else self._ballots.begin(step)
         try:
             self._attempt(handle, module, optimizers, write_small_files, contents, pinned, called, attempt)
+            self._note_begun(handle)
         except BaseException as err:
-            handle.fail(err)
-            if self._ballots is not None:
-                self._ballots.fail(step, attempt, err)
-            if not isinstance(err, SOFT_ERRORS):
+            is_soft, is_taken = isinstance(err, SOFT_ERRORS), self._engine.has_taken(handle)
+            if not is_taken:  # else a signal's handler raised, and the save is the engine's to end
+                handle.fail(err)
+                if self._ballots is not None:
+                    self._ballots.fail(step, attempt, err)
+            if is_soft:
+                forget_frames(err)
+            if is_taken or is_soft:
+                self._note_begun(handle)
+            if is_taken or not is_soft:
                 raise
-        self._newest = handle
-        self._outcomes.note_begun(handle)
         if self._is_blocking or self._outcomes.is_torn:
             handle.wait_until_captured()
         self._engine.note_return(handle)
@@ -356,22 +374,14 @@ class Checkpointer:
         self._outcomes.raise_repeated()
         return handle
 
-    def _check_step(self, step: int) -> None:
-        newest = self._lineage.newest_step
-        if newest is not None and step < newest:
-            raise InvalidInputError(
-                "the step goes backwards",
-                kind="step-order",
-                expected=f"a step after {newest}, the newest checkpoint of this run",
-                found=step,
-                hint="resume from an older checkpoint to go back; the newer ones are then set aside",
-            )
+    def _note_begun(self, handle: SaveHandle) -> None:
+        self._newest = handle
+        self._outcomes.note_begun(handle)
 
     def _make_room(self, step: int) -> bool:
         """Wait for a save in flight to end, if need be; False if this save is to be skipped instead."""
         limit = self._options.get("max_in_flight", 1)
-        when_busy = self._options.get("when_busy", "wait")
-        admission = admit(self._engine.num_in_flight, limit=limit, when_busy=when_busy)
+        admission = admit(self._engine.num_in_flight, limit=limit, when_busy=self._options.get("when_busy", "wait"))
         if admission == "skip":
             self.num_skipped += 1
             logger.info("checkpoint-%d was skipped: %d saves are in flight", step, limit)
@@ -400,7 +410,7 @@ class Checkpointer:
             live,
             step=handle.step,
             contents=contents,
-            strategy=self._strategy_for(module),
+            strategy=applicable_strategy(self._strategy, module),
             rest=self._rest,
             parent=parent,
             is_linkable=self._lineage.is_linkable,
@@ -421,11 +431,12 @@ class Checkpointer:
                     (staged.path / INDEX_NAME).write_text(encode_index(plan), encoding="utf-8")
                 if self._watch is not None:
                     self._watch.note_save(plan, staged.path, parent)
+            job = self._lineage.make_job(plan, staged, handle, pinned, ballot)
+            self._engine.submit(job, handle, called=called)
         except BaseException:
-            self._tiers.run.abandon(staged)
+            if not self._engine.has_taken(handle):
+                self._tiers.run.abandon(staged)
             raise
-        job = self._lineage.make_job(plan, staged, handle, pinned, ballot)
-        self._engine.submit(job, handle, called=called)
 
     def _stage(self, plan: SavePlan, attempt: int) -> StagedCheckpoint:
         try:
@@ -436,17 +447,6 @@ class Checkpointer:
         # An old checkpoint may be on its way out.
         self._engine.drain()
         return self._tiers.run.stage(plan.step, plan.nbytes, plan.num_files, attempt=attempt)
-
-    def _strategy_for(self, module: torch.nn.Module) -> Strategy:
-        if not is_adapted(module) or isinstance(self._strategy, Full):
-            return self._strategy
-        # PEFT's own file always holds the whole adapter as it is now: beside it, a composite would be another model.
-        warnings.warn(
-            f"{self._strategy.text} is not applied to adapters: they are saved whole, as PEFT's own file is",
-            StrategyIgnoredWarning,
-            stacklevel=2,
-        )
-        return Full()
 
     # ---- What became of the saves ----
 

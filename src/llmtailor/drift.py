@@ -38,7 +38,8 @@ class LayerSums:
     """What one rank contributes to the numbers of a layer: sums over its entries. They add up over ranks."""
 
     trainable: float = 0.0
-    """Entries that train."""
+    """Entries that train. Without those of parameters that have not moved and have no state yet, as of an expert that
+    got no token: their moments are 0."""
     with_second: float = 0.0
     """Of those: entries with a second moment, counted by the weights that it was seen beside."""
     with_first: float = 0.0

@@ -22,10 +22,11 @@ def log_flags_and(then: Callable[[Path], None] | None, tiers: Tiers) -> Callable
 
     What stops it (a model whose layers have no numbers, a log that is not ours) costs a line and no checkpoint.
     """
+    log = _FlagLog(tiers.run)
 
     def on_published(checkpoint: Path) -> None:
         try:
-            _log_flags(tiers.run, checkpoint)
+            log.add(checkpoint)
         except (TailorError, OSError) as err:
             tiers.notices.append(SaveFailedWarning(f"{FLAG_LOG_NAME} was not written: {err}"))
         if then is not None:
@@ -34,13 +35,39 @@ def log_flags_and(then: Callable[[Path], None] | None, tiers: Tiers) -> Callable
     return on_published
 
 
-def _log_flags(run: RunDirectory, checkpoint: Path) -> None:
-    path = run.path / FLAG_LOG_NAME
-    manifest, _ = read_manifest(checkpoint)
-    written = [layer.name for layer in manifest.layers if layer.step == manifest.step]
-    units = layers_to_flags(written, layers_of(manifest))
-    known = read_flags(path.read_bytes(), path) if path.exists() else ()
-    # Lines of this step and later ones are of a branch that was left.
-    kept = [save for save in known if save.step < manifest.step]
-    text = encode_flags([*kept, FlaggedSave(step=manifest.step, units=units)])
-    run.write_pointer(FLAG_LOG_NAME, text.decode())
+class _FlagLog:
+    """The log as it was last written here: what somebody else may have put into it is parsed, no line twice."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._path = run.path / FLAG_LOG_NAME
+        self._written: tuple[int, ...] | None = None
+        """Identity of the file; None before the first line."""
+        self._last_step = -1
+
+    def add(self, checkpoint: Path) -> None:
+        """A checkpoint was published.
+
+        Raises:
+            TailorError, OSError: The log is as it was.
+        """
+        manifest, _ = read_manifest(checkpoint)
+        written = [layer.name for layer in manifest.layers if layer.step == manifest.step]
+        save = FlaggedSave(step=manifest.step, units=layers_to_flags(written, layers_of(manifest)))
+        text = self._text_before(save.step) + encode_flags([save])
+        # Whole, and not at its end: a tool that reads it meets no line that a crash cut off.
+        self._run.write_pointer(FLAG_LOG_NAME, text.decode())
+        self._written, self._last_step = _identity(self._path), save.step
+
+    def _text_before(self, step: int) -> bytes:
+        if not self._path.exists():
+            return b""
+        if self._written == _identity(self._path) and self._last_step < step:
+            return self._path.read_bytes()
+        # Lines of this step and later ones are of a branch that was left.
+        return encode_flags(save for save in read_flags(self._path.read_bytes(), self._path) if save.step < step)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,16 @@ __all__ = ["Lineage", "describe_save"]
 _NO_DIGEST = "xxh3_128:" + "0" * 32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """A save that may be in flight."""
+
+    plan: SavePlan
+    handle: SaveHandle
+    names: frozenset[str]
+    """Of the files that it writes, unless encoding fails."""
+
+
 class Lineage:
     """The chain of checkpoints that a run's saves belong to.
 
@@ -74,7 +84,7 @@ class Lineage:
         self._mutex = threading.Lock()
         self._run_id = self._new_run_id()
         self._parent: Checkpoint | None = None
-        self._planned: list[tuple[SavePlan, SaveHandle]] = []
+        self._planned: list[_Planned] = []
         """Of saves that may be in flight, oldest first."""
 
     def begin(self, parent: Checkpoint | None) -> None:
@@ -151,10 +161,12 @@ class Lineage:
         if self.seat.size > 1:
             return layer not in self._lost
         with self._mutex:
-            coming = {name for plan in self._in_flight() for image in plan.images for name in image.names}
-            return all(file.path in coming or self._is_there(file) for file in files)
+            coming = [each.names for each in self._planned if each.handle.state.is_in_flight]
+            return all(any(file.path in names for names in coming) or self._is_there(file) for file in files)
 
     def _is_there(self, file: FileRecord) -> bool:
+        if self._parent is None:  # what this was planned to follow has failed since
+            return False
         try:
             return os.stat(self._source(file), follow_symlinks=False).st_size == file.bytes
         except OSError:
@@ -181,12 +193,14 @@ class Lineage:
             pinned: Steps that retention must keep.
             ballot: On several ranks, the vote on it.
         """
+        names = frozenset(name for image in plan.images for name in image.names)
         with self._mutex:
-            self._planned.append((plan, handle))
+            self._planned.append(_Planned(plan=plan, handle=handle, names=names))
+        rebased = _RebasedPlan(plan)
 
         def find_base(layer: str) -> tuple[Path, LayerRecord] | None:
             with self._mutex:
-                record = self._rebase(plan).previous.get(layer)
+                record = rebased.after(self._parent).previous.get(layer)
                 if self._parent is None or record is None or not record.has_exact_weights:
                     return None
                 return self._parent.path, record
@@ -195,14 +209,14 @@ class Lineage:
             written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost
         ) -> Manifest:
             with self._mutex, _translate_schema_errors(staged.path):
-                return self._describe(self._rebase(plan), written, small, cost)
+                return self._describe(rebased.after(self._parent), written, small, cost)
 
         return SaveJob(
             step=plan.step,
             staged=staged,
             images=plan.images,
             find_base=find_base,
-            plan_links=lambda written: self._plan_links(plan, written),
+            plan_links=lambda written: self._plan_links(rebased, written),
             build_manifest=build_manifest,
             is_first=lambda: not self._follows_own(),
             on_published=lambda path, manifest, digest: self._note_published(plan, path, manifest, digest),
@@ -210,22 +224,21 @@ class Lineage:
             ballot=ballot,
         )
 
-    def _plan_links(self, plan: SavePlan, written: Mapping[str, WrittenLayer]) -> list[LinkedFile]:
+    def _plan_links(self, rebased: _RebasedPlan, written: Mapping[str, WrittenLayer]) -> list[LinkedFile]:
         with self._mutex:
-            rebased = self._rebase(plan)
+            plan = rebased.after(self._parent)
             if self._is_new_branch:
                 self._tiers.leave_branch(plan.step, is_first=not self._follows_own())
                 self._is_new_branch = False
             return [
-                LinkedFile(record=file, source=self._source(file), layer=layer)
-                for layer, file in rebased.links(written)
+                LinkedFile(record=file, source=self._source(file), layer=layer) for layer, file in plan.links(written)
             ]
 
     def _note_published(self, plan: SavePlan, path: Path, manifest: Manifest, digest: str) -> None:
         with self._mutex:
             self._parent = Checkpoint(path=path, manifest=manifest, digest=digest)
             # It refers to the live state, which may be given up before the next save looks here.
-            self._planned = [each for each in self._planned if each[0] is not plan]
+            self._planned = [each for each in self._planned if each.plan is not plan]
 
     def _follow_up(self, path: Path, handle: SaveHandle, pinned: Collection[int]) -> None:
         try:
@@ -235,11 +248,8 @@ class Lineage:
             self._tiers.follow_up(path, handle, pinned)
 
     def _in_flight(self) -> list[SavePlan]:
-        self._planned = [(plan, handle) for plan, handle in self._planned if handle.state.is_in_flight]
-        return [plan for plan, _ in self._planned]
-
-    def _rebase(self, plan: SavePlan) -> SavePlan:
-        return plan.rebase(None if self._parent is None else self._parent.manifest)
+        self._planned = [each for each in self._planned if each.handle.state.is_in_flight]
+        return [each.plan for each in self._planned]
 
     def _describe(
         self, plan: SavePlan, written: Mapping[str, WrittenLayer], small: Sequence[FileRecord], cost: SaveCost | None
@@ -254,6 +264,21 @@ class Lineage:
             num_ranks=self.seat.size,
             save=None if cost is None else _record_cost(cost),
         )
+
+
+class _RebasedPlan:
+    """A plan after the checkpoint that is its parent in the end; worked out once for each, not for each layer."""
+
+    def __init__(self, plan: SavePlan) -> None:
+        self._plan = plan
+        self._parent: Checkpoint | None = None
+        self._found: SavePlan | None = None
+
+    def after(self, parent: Checkpoint | None) -> SavePlan:
+        if self._found is None or parent is not self._parent:
+            self._parent = parent
+            self._found = self._plan.rebase(None if parent is None else parent.manifest)
+        return self._found
 
 
 def describe_save(

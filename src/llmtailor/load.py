@@ -36,6 +36,7 @@ from .optimizer_state import (
     load_parameter_state,
     new_state_tensor,
     parameter_names,
+    shared_parameter,
     unwrap_optimizer,
 )
 from .shards import Shard, whole_shard
@@ -135,7 +136,7 @@ def plan_load(checkpoint: Checkpoint, state: ModelState, optimizers: Sequence[to
         IncompleteError, IncompatibleError, FormatError, IntegrityError, NotFoundError: As ``plan_model`` and
             ``plan_optimizers``.
     """
-    check_model(state, checkpoint.manifest.tensors, path=checkpoint.path)
+    check_model(state, checkpoint.manifest, path=checkpoint.path)
     of_optimizers = plan_optimizers(checkpoint, state, optimizers)
     of_model = plan_model(checkpoint, state)
     return Load(
@@ -169,7 +170,7 @@ def plan_model(checkpoint: Checkpoint, state: ModelState) -> Load:
         IntegrityError, NotFoundError: A file has another size, or is gone.
     """
     manifest = checkpoint.manifest
-    check_model(state, manifest.tensors, path=checkpoint.path)
+    check_model(state, manifest, path=checkpoint.path)
     layers = [each for layer in manifest.layers for each in _weights_of(checkpoint, layer, state)]
     # A DTensor and its part each count their changes.
     parts = [memory_of(tensor) for tensor in state.tensors.values() if is_dtensor(tensor)]
@@ -209,8 +210,7 @@ def _wanted(targets: Targets) -> Wanted:
 class _Home:
     """Where the state of a parameter belongs."""
 
-    optimizers: Sequence[torch.optim.Optimizer]
-    """One, but for a parameter that several update; each has state of its own."""
+    optimizer: torch.optim.Optimizer
     parameter: torch.Tensor
     fqn: str
 
@@ -227,19 +227,16 @@ class _Home:
     def _make_tensor(self, leaf: str, meta: TensorMeta, notes: Mapping[str, Any]) -> torch.Tensor:
         dtype = torch_dtype(meta.dtype)
         if leaf in notes:  # becomes a Python number
-            return torch.empty(meta.shape, dtype=dtype)
-        return new_state_tensor(self.optimizers[0], self.parameter, leaf, meta.shape, dtype)
+            return torch.empty(meta.shape, dtype=dtype, device="cpu")
+        return new_state_tensor(self.optimizer, self.parameter, leaf, meta.shape, dtype)
 
     def reserve(self) -> None:
         """Have the state stand where it belongs, whatever file is done first."""
-        for optimizer in self.optimizers:
-            optimizer.state.setdefault(self.parameter, {})
+        self.optimizer.state.setdefault(self.parameter, {})
 
     def take(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-        """Make it the state; all but the first optimizer copy the tensors."""
-        for optimizer in self.optimizers:
-            is_first = optimizer is self.optimizers[0]
-            load_parameter_state(optimizer, self.parameter, self.fqn, tensors, notes, is_placed=is_first)
+        """Make it the state."""
+        load_parameter_state(self.optimizer, self.parameter, self.fqn, tensors, notes, is_placed=True)
 
 
 def load_optimizers(checkpoint: Checkpoint, state: ModelState, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -321,11 +318,13 @@ def _open_layers(checkpoint: Checkpoint) -> list[SavedTensors]:
 def _find_homes(
     state: ModelState, optimizers: Sequence[torch.optim.Optimizer], records: Sequence[Sequence[ParameterGroup]]
 ) -> dict[str, _Home]:
-    owners: dict[str, list[torch.optim.Optimizer]] = defaultdict(list)
+    homes: dict[str, _Home] = {}
     for optimizer, groups in zip(optimizers, records, strict=True):
         for fqn in (fqn for group in groups for fqn in group.parameters):
-            owners[fqn].append(optimizer)
-    return {fqn: _Home(optimizers=each, parameter=state.tensors[fqn], fqn=fqn) for fqn, each in owners.items()}
+            if fqn in homes:
+                raise shared_parameter(fqn)
+            homes[fqn] = _Home(optimizer=optimizer, parameter=state.tensors[fqn], fqn=fqn)
+    return homes
 
 
 class _ArrivingStates:

@@ -116,7 +116,7 @@ class Meeting:
 
         Raises:
             BaseException: This rank's own error, or one of the same class for that of another.
-            WriteError: Kind ``rank-late``.
+            WriteError: Kind ``rank-late``; ``ranks-disagree`` if a rank says more numbers than another.
         """
         if self.ranks is None:
             if error is not None:
@@ -148,6 +148,11 @@ class Meeting:
         absent = [rank for rank in range(1, ranks.size) if f"{key}/{rank}" not in found]
         messages = [message, *(found[each] for each in others if each in found)]
         messages += [b"-" + json.dumps(_late(rank, timeout_secs)).encode() for rank in absent[:1]]
+        messages += [
+            b"-" + json.dumps(_disagrees(rank, len(found[each]) // 4, len(message) // 4)).encode()
+            for rank, each in enumerate(others, 1)
+            if message[:1] == found.get(each, b"")[:1] == b"+" and len(found[each]) != len(message)
+        ][:1]
         total = next((each for each in messages if each[:1] == b"-"), None)
         if total is None:
             tables = [np.frombuffer(each[1:], dtype=np.float32).astype(np.float64) for each in messages]
@@ -199,6 +204,17 @@ def _encode(rank: int, outcome: Outcome) -> Mapping[str, Any]:
 
 def _late(rank: int, timeout_secs: float) -> Mapping[str, Any]:
     told = {"what": f"no word within {timeout_secs:.0f} s", "kind": "rank-late", "hint": "is it alive?"}
+    return {"rank": rank, "host": "host unknown", "class": "WriteError", "error": told, "damage": None}
+
+
+def _disagrees(rank: int, found: int, expected: int) -> Mapping[str, Any]:
+    told = {
+        "what": "it measures other layers than rank 0",
+        "kind": "ranks-disagree",
+        "expected": f"{expected} numbers, as rank 0 has",
+        "found": f"{found} numbers",
+        "hint": "all ranks must train the same model, cut into layers in the same way",
+    }
     return {"rank": rank, "host": "host unknown", "class": "WriteError", "error": told, "damage": None}
 
 

@@ -13,9 +13,9 @@ from .formats import open_catalog
 from .formats.hf.config import parse_config
 from .formats.hf.json_files import read_text
 from .formats.small_files import list_small_files
+from .formats.small_names import is_tokenizer
 from .hub import locate_source
 from .layers import LayerMap, map_names
-from .plan import is_tokenizer_file
 from .recipe import Resolution, SourceLayers
 
 __all__ = ["as_recipe_sees_it", "open_sources", "tokenizer_files", "touch"]
@@ -151,4 +151,4 @@ def tokenizer_files(resolution: Resolution) -> tuple[SmallFile, ...] | None:
     root = locate_source(resolution.tokenizer_from)
     if not root.is_dir():
         raise NotFoundError("there is no directory to take the tokenizer from", kind="missing-tokenizer", path=root)
-    return list_small_files(root, is_tokenizer_file)
+    return list_small_files(root, is_tokenizer)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import AlreadyExistsError, UnsupportedError, WriteError
+from .errors import UnsupportedError, WriteError
+from .storage import OutputDirectory
 
 __all__ = ["merged_by_mergekit"]
 
@@ -26,7 +26,8 @@ def merged_by_mergekit(what: str, recipe: Path, output: Path) -> Iterator[Path]:
     Args:
         what: What in the recipe only mergekit can do, for the error ("merge_method slerp").
         recipe: The YAML file, handed over as it is.
-        output: Where the result will go; mergekit's own output lies beside it for as long as the context lasts.
+        output: Where the result will go; directories above it are made. mergekit's own output lies beside it, hidden,
+            for as long as the context lasts; what a killed process left of one is removed by the next merge to there.
 
     Yields:
         A model directory in the format of Hugging Face.
@@ -34,7 +35,7 @@ def merged_by_mergekit(what: str, recipe: Path, output: Path) -> Iterator[Path]:
     Raises:
         AlreadyExistsError: There is something at ``output``.
         UnsupportedError: mergekit is not installed.
-        WriteError: It failed; the end of what it said is in the error.
+        WriteError: It failed; the end of what it said is in the error. Or there is no place for its output.
     """
     command = shutil.which(_COMMAND)
     if command is None:
@@ -46,10 +47,10 @@ def merged_by_mergekit(what: str, recipe: Path, output: Path) -> Iterator[Path]:
             found="no such command",
             hint="pip install mergekit; it merges weights, not optimizer state",
         )
-    if os.path.lexists(output):
-        raise AlreadyExistsError("there is something at the output already", kind="exists", path=output)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.mergekit-", dir=output.absolute().parent) as directory:
-        merged = Path(directory) / "merged"
+    # It will never be published; how much mergekit writes, nobody knows.
+    place = OutputDirectory(output, nbytes=0, num_files=0)
+    try:
+        merged = place.path_of("merged")
         # Nothing is downloaded on behalf of a recipe, and no program out of a model's directory is run.
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         finished = subprocess.run(
@@ -69,3 +70,5 @@ def merged_by_mergekit(what: str, recipe: Path, output: Path) -> Iterator[Path]:
                 found=finished.stderr[-_MAX_SHOWN:].strip() or "it said nothing",
             )
         yield merged
+    finally:
+        place.abandon()

@@ -9,6 +9,7 @@ are both.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .assembly import execute
+from .assembly import check_published, execute, read_paths
+from .carried_files import PROVENANCE_NAME, fit_small_files, note_left_out
 from .catalog import Catalog
 from .errors import InvalidInputError, UnsupportedError
 from .file_plan import CheckpointPlan, FilePlan, WrittenFile
@@ -24,13 +26,12 @@ from .formats import FORMATS, open_catalog
 from .formats.hf.config import read_dtype
 from .formats.numbers import read_number
 from .hub import locate_source
+from .manifest import FileRecord
 from .merge_sources import as_recipe_sees_it, open_sources, tokenizer_files, touch
 from .mergekit_process import merged_by_mergekit
 from .plan import (
-    PROVENANCE_NAME,
     LayerRow,
     drop_optimizer,
-    fit_small_files,
     merge_catalogs,
     tabulate_layers,
 )
@@ -106,6 +107,17 @@ class MergePlan:
     def linked_nbytes(self) -> int:
         return sum(link.nbytes for link in self.files.links)
 
+    @property
+    def checked(self) -> Mapping[Path, FileRecord]:
+        """Files whose digests are known, and some bytes of which are taken into new files."""
+        published = self.catalog.published
+        return {path: published[path] for path in read_paths(self.files.files) if path in published}
+
+    @property
+    def work_nbytes(self) -> int:
+        """Bytes to write or link, and to read beforehand for a check."""
+        return self.nbytes + sum(record.bytes for record in self.checked.values())
+
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe from a file.
@@ -161,11 +173,13 @@ def _plan(resolution: Resolution, sources: Mapping[str, Catalog], options: Merge
             "there is no such format to write", kind="target", expected=", ".join(FORMATS), found=to
         )
     _check_options(options, to)
-    _check_depth(resolution, sources, to)
+    _check_depth(resolution, to)
     catalog, notes = fit_small_files(catalog, to)
     files = _plan_target(catalog, to, resolution, options, weights_only=weights_only)
     rows = tabulate_layers(resolution, catalog)
-    notes = (*notes, *_recipe_notes(resolution, catalog, to), *files.notes)
+    left_out = note_left_out(sources[resolution.base], catalog)
+    uncounted = _uncounted_blocks(resolution, sources)
+    notes = (*notes, *left_out, *uncounted, *_recipe_notes(resolution, catalog, to), *files.notes)
     plan = MergePlan(
         to=to,
         catalog=catalog,
@@ -203,6 +217,7 @@ def _plan_target(
                 shard_nbytes=options.shard_nbytes or resolution.output.shard_nbytes or DEFAULT_SHARD_NBYTES,
                 dtype=dtype,
                 copy_tokenizer=options.copy_tokenizer,
+                num_blocks=resolution.new_depth,
             )
         case "deepspeed":
             from .formats.deepspeed import plan_deepspeed
@@ -238,15 +253,14 @@ def _check_options(options: MergeOptions, to: str) -> None:
         )
 
 
-def _check_depth(resolution: Resolution, sources: Mapping[str, Catalog], to: str) -> None:
+def _check_depth(resolution: Resolution, to: str) -> None:
     """A model of another depth needs another configuration, which is written with ``hf`` alone."""
-    blocks = sum(layer.stack == resolution.stack for layer in sources[resolution.base].layers.blocks)
-    if to != "hf" and resolution.num_blocks not in (None, blocks):
+    if to != "hf" and resolution.new_depth is not None:
         raise UnsupportedError(
             "a model of another depth is written in the format of Hugging Face alone",
             kind="other-depth",
-            expected=f"{blocks} blocks, as in base, for --to {to}",
-            found=f"{resolution.num_blocks} blocks",
+            expected=f"{resolution.base_depth} blocks, as in base, for --to {to}",
+            found=f"{resolution.new_depth} blocks",
             hint="--to hf, and train on from that",
         )
 
@@ -283,6 +297,16 @@ def _recipe_notes(resolution: Resolution, catalog: Catalog, to: str) -> Iterator
             yield f"the recipe's dtype is not applied with --to {to}: weights stay {', '.join(others)}"
 
 
+def _uncounted_blocks(resolution: Resolution, sources: Mapping[str, Catalog]) -> Iterator[str]:
+    depth = resolution.base_depth
+    if depth is None:
+        return
+    blocks = (layer for layer in sources[resolution.base].layers.blocks if layer.stack == resolution.stack)
+    names = [layer.name for layer in blocks if layer.index is not None and layer.index >= depth]
+    if names:
+        yield f"blocks that config.json does not count are left out, as no range means them: {', '.join(names)}"
+
+
 def _provenance(plan: MergePlan) -> FilePlan:
     """What the new checkpoint was made from, for people; no program reads it."""
     record = {
@@ -306,13 +330,15 @@ def write_merge(
     Args:
         plan: From ``plan_merge`` or ``plan_export``.
         output: The new directory; must not exist.
-        on_bytes: Told of bytes as they are done, from any thread.
+        on_bytes: Told of bytes as they are done, ``plan.work_nbytes`` in all, from any thread.
 
     Raises:
         AlreadyExistsError: There is something at ``output``.
         WriteError: Disk, permission or limit; nothing was left behind.
-        IntegrityError: A source changed since it was planned.
+        IntegrityError: A source is damaged, or changed since it was planned.
     """
+    if not os.path.lexists(output):  # else the answer is known without reading
+        check_published(plan.checked, on_bytes=on_bytes)
     return execute(plan.files, output, on_bytes=on_bytes)
 
 

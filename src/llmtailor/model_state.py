@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .errors import IncompatibleError, UnsupportedError
-from .layers import LayerMap, map_module, named_tensors
+from .layers import LayerMap, canonical_name, file_stem, map_module, named_tensors
 from .local_parts import is_dtensor, memory_of
-from .manifest import TensorRecord
+from .manifest import Manifest, TensorRecord
 from .tensor_bytes import meta_of
 
-__all__ = ["ModelReader", "ModelState", "check_model", "is_adapted", "read_model", "refuse_extra_state"]
+__all__ = ["ModelReader", "ModelState", "check_model", "find_saved", "is_adapted", "read_model", "refuse_extra_state"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +36,55 @@ class ModelState:
 
 
 def is_adapted(module: torch.nn.Module) -> bool:
-    """True for a model wrapped by PEFT: only what it trains is saved, the base model is not ours to copy.
+    """True for a model with PEFT's adapters: what is theirs or trains is saved, the base model is not ours to copy.
 
-    Source: peft 0.21, peft_model.py (PeftModel.peft_config, get_base_model).
+    Source: peft 0.21, peft_model.py (PeftModel.peft_config, get_base_model); transformers 5.23, integrations/peft.py
+        (PeftAdapterMixin.add_adapter, which wraps nothing).
     """
-    return hasattr(module, "peft_config") and hasattr(module, "get_base_model")
+    is_wrapped = hasattr(module, "peft_config") and hasattr(module, "get_base_model")
+    return is_wrapped or getattr(module, "_hf_peft_config_loaded", False) is True
+
+
+def find_saved(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is saved of a model: everything, or of one with adapters what trains and what the adapters hold.
+
+    They hold more than they train: an adapter that is not active, or has a frozen half, and the buffers of modules that
+    are saved whole. A new process would draw other numbers for them.
+
+    Args:
+        module: The bare model.
+        tensors: Its parameters and buffers by canonical name, as ``layers.named_tensors``.
+
+    Returns:
+        Of those, the ones to save, in their order; all names of a tied tensor, or none.
+    """
+    if not is_adapted(module):
+        return dict(tensors)
+    owned = _adapter_paths(module)
+    ids = {id(each) for fqn, each in tensors.items() if _is_trained(each) or not owned.isdisjoint(_prefixes(fqn))}
+    return {fqn: each for fqn, each in tensors.items() if id(each) in ids}
+
+
+def _adapter_paths(module: torch.nn.Module) -> set[str]:
+    """Canonical paths of the modules, and names of the tensors, that are an adapter's.
+
+    Source: peft 0.21, tuners/tuners_utils.py (BaseTunerLayer) and utils/other.py (AuxiliaryTrainingWrapper):
+        adapter_layer_names, other_param_names; peft_model.py (prompt_encoder).
+    """
+    paths = {"prompt_encoder"}
+    for path, owner in module.named_modules(remove_duplicate=False):
+        names = (*getattr(owner, "adapter_layer_names", ()), *getattr(owner, "other_param_names", ()))
+        paths |= {canonical_name(f"{path}.{name}" if path else name) for name in names}
+    return paths
+
+
+def _prefixes(fqn: str) -> Iterator[str]:
+    parts = fqn.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _is_trained(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
 
 
 def read_model(
@@ -62,23 +106,20 @@ def read_model(
     _reshard(module)
     _refuse_modules(module)
     layers = map_module(module, split_experts=split_experts, overrides=overrides)
-    trained_only = is_adapted(module)
+    _refuse_twins(layers)
     records: list[TensorRecord] = []
     tensors: dict[str, torch.Tensor] = {}
-    for fqn, tensor in named_tensors(module).items():
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        if trained_only and not (is_parameter and tensor.requires_grad):
-            continue
+    for fqn, tensor in find_saved(module, named_tensors(module)).items():
         tied_to = layers.ties.get(fqn)
         meta = meta_of(tensor)
         records.append(
             TensorRecord(
                 fqn=fqn,
-                kind="parameter" if is_parameter else "buffer",
+                kind="parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer",
                 layer=layers.layer_of(fqn).name,
                 dtype=meta.dtype,
                 shape=meta.shape,
-                trainable=is_parameter and tensor.requires_grad,
+                trainable=_is_trained(tensor),
                 tied_to=tied_to,
             )
         )
@@ -140,6 +181,20 @@ def _fingerprint(module: torch.nn.Module) -> tuple[list[object], list[object]]:
     return modules, tensors
 
 
+def _refuse_twins(layers: LayerMap) -> None:
+    """Names of files that differ in case alone are one file on some file systems."""
+    stems: dict[str, str] = {}
+    for layer in layers:
+        other = stems.setdefault(file_stem(layer).casefold(), layer.name)
+        if other != layer.name:
+            raise UnsupportedError(
+                f"layers {other!r} and {layer.name!r} differ in case alone, and so would their files",
+                kind="layer-names",
+                layer=layer.name,
+                hint='give one of them another name: layer_overrides={"a_name": ["a glob over its parameters"]}',
+            )
+
+
 def _reshard(module: torch.nn.Module) -> None:
     """Have FSDP2 put its sharded parameters back where it left gathered ones.
 
@@ -165,7 +220,9 @@ def _refuse_modules(module: torch.nn.Module) -> None:
                 found=type(owner).__qualname__,
                 expected="torch.distributed.fsdp.fully_shard, known as FSDP2",
             )
-        refuse_extra_state(name, owner, elsewhere="with Run(..., state={...})")
+        is_base = is_adapted(module) and not any(tensor.requires_grad for tensor in owner.parameters())
+        if not is_base:  # of which nothing is saved
+            refuse_extra_state(name, owner, elsewhere="with Run(..., state={...})")
 
 
 def refuse_extra_state(name: str, owner: torch.nn.Module, *, elsewhere: str) -> None:
@@ -179,29 +236,54 @@ def refuse_extra_state(name: str, owner: torch.nn.Module, *, elsewhere: str) -> 
     Raises:
         UnsupportedError: It does.
 
-    Source: torch 2.13, nn/modules/module.py (get_extra_state).
+    Source: torch 2.13, nn/modules/module.py (get_extra_state, _save_to_state_dict).
     """
-    if type(owner).get_extra_state is not torch.nn.Module.get_extra_state:
+    added = "get_extra_state" if type(owner).get_extra_state is not torch.nn.Module.get_extra_state else _added(owner)
+    if added is not None:
         raise UnsupportedError(
             "a module keeps extra state that is neither a parameter nor a buffer",
             kind="extra-state",
             fqn=name,
-            found=type(owner).__qualname__,
+            found=f"{added} of {type(owner).__qualname__}",
             hint=f"make it a persistent buffer, or save it {elsewhere}",
         )
 
 
-def check_model(state: ModelState, saved: Iterable[TensorRecord], *, path: object = None) -> None:
+def _added(owner: torch.nn.Module) -> str | None:
+    """What a class of its own adds to the ``state_dict``, by way of code of its own; the first of it."""
+    kind, stock, found = type(owner), torch.nn.Module, dict[str, object]()
+    if kind._save_to_state_dict is not stock._save_to_state_dict:
+        owner._save_to_state_dict(found, "", True)
+    elif kind.state_dict is not stock.state_dict:
+        found |= owner.state_dict(keep_vars=True)
+    if not found:
+        return None
+    # By memory: it may give its tensors other names.
+    known = {tensor.data_ptr() for tensor in named_tensors(owner).values() if not is_dtensor(tensor)}
+    for key, value in found.items():
+        if not isinstance(value, torch.Tensor) or not (is_dtensor(value) or value.data_ptr() in known):
+            return key
+    return None
+
+
+def check_model(state: ModelState, saved: Manifest, *, path: object = None) -> None:
     """Refuse a checkpoint of another model before anything is changed.
 
+    Formats that do not tell buffers from parameters leave an imported checkpoint with all of them as parameters: a
+    buffer may be one in the checkpoint, as long as no optimizer trained it.
+
     Raises:
-        IncompatibleError: Names, shapes, element types or ties differ; lists the first few of all.
+        IncompatibleError: Names, kinds, shapes, element types or ties differ; lists the first few of all.
     """
+    trained = {fqn for each in saved.optimizers for group in each.groups for fqn in group.parameters}
     live = {record.fqn: record for record in state.records}
-    theirs = {record.fqn: record for record in saved}
+    theirs = {record.fqn: record for record in saved.tensors}
     faults = []
     for fqn in [*live, *(fqn for fqn in theirs if fqn not in live)]:
-        expected, found = (_describe(records.get(fqn)) for records in (live, theirs))
+        ours, other = live.get(fqn), theirs.get(fqn)
+        if ours is not None and other is not None and ours.kind == "buffer" and fqn not in trained:
+            other = other.model_copy(update={"kind": "buffer"})
+        expected, found = _describe(ours), _describe(other)
         if expected != found:
             faults.append((fqn, expected, found))
     if faults:

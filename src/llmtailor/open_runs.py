@@ -43,7 +43,7 @@ class OpenRun:
         self.uncollected: list[SaveHandle] = []
         """Saves the user was not told the end of. Never changed in place: another thread may be reading it."""
         self.failures: list[BaseException] = []
-        """Of the saves since the last one that worked."""
+        """Of the saves since the last one that worked, the newest."""
         self._hook = hook
         self._engine = engine
         self._tiers = tiers

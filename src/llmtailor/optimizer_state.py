@@ -265,20 +265,28 @@ def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def named_groups(optimizer: Optimizer, names: ParameterNames) -> list[list[tuple[str, torch.Tensor]]]:
     """(fqn, parameter) of each parameter of each group.
 
+    One without a name is left out if no step will ever change it: of a model wrapped by PEFT the base has none, and
+    ``AdamW(model.parameters())`` is given it all the same.
+
     Raises:
-        IncompatibleError: A parameter has no name.
+        IncompatibleError: Another parameter has no name.
     """
+    named: list[list[tuple[str, torch.Tensor]]] = []
     for index, group in enumerate(optimizer.param_groups):
+        named.append([])
         for parameter in group["params"]:
-            if parameter not in names:
+            if parameter in names:
+                named[-1].append((names[parameter], parameter))
+            elif parameter.requires_grad or optimizer.state.get(parameter):
                 raise IncompatibleError(
                     f"optimizer group {index} has a parameter that the model does not name",
                     kind="unnamed-parameter",
                     expected="parameters of the model",
                     found=f"a parameter of shape {list(parameter.shape)}",
-                    hint="build the optimizer from this model's own parameters, after the last change of the model",
+                    hint="build the optimizer from this model's own parameters, after the last change of the model; "
+                    "what is taken out of the model, take out of its groups and its state, too",
                 )
-    return [[(names[p], p) for p in group["params"]] for group in optimizer.param_groups]
+    return named
 
 
 def update_count(state: ParameterState) -> int | None:

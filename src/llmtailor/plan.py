@@ -7,58 +7,29 @@ model's own files from ``base``. Everything that does not fit is reported togeth
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from .averages import Share, average, refuse_codes
+from .carried_files import choose_files, drop_training_state
 from .catalog import Catalog, GroupRef, OptimizerRef, SmallFile, StateRef
 from .errors import IncompatibleError, IncompleteError
 from .layers import ROOT_STACK, Layer, LayerMap
+from .masters import separate_masters
+from .optimizer_fit import StateOrigin, check_optimizers
 from .recipe import Contribution, Resolution, TargetLayer
-from .tensor_refs import AveragedTensor, TensorRef
+from .tensor_refs import TensorRef
 from .tensors import TensorMeta
 
 __all__ = [
-    "PROVENANCE_NAME",
     "LayerRow",
     "drop_optimizer",
-    "fit_small_files",
-    "is_state_file",
-    "is_tokenizer_file",
     "merge_catalogs",
     "tabulate_layers",
 ]
 
-PROVENANCE_NAME = "llmtailor_merge.json"
-"""Says what a checkpoint was merged from, for people; of the last merge only."""
-
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_FAULTS_SHOWN = 20
-
-# What belongs to a moment of training rather than to the model, and so comes from ``state_from``.
-# Source: transformers 5.23, trainer.py (names ending in _NAME); accelerate 1.15, utils/constants.py; our run_state.
-_STATE_NAMES = frozenset({
-    "trainer_state.json", "scheduler.pt", "scaler.pt", "training_args.bin", "optimizer.pt", "run_state.json", "latest",
-})  # fmt: skip
-_STATE_PREFIXES = ("rng_state", "random_states", "scheduler", "sampler", "dl_state_dict", "data", "custom_checkpoint")
-# Source: transformers 5.23, tokenization_utils_base.py and processing_utils.py (names of saved files).
-_TOKENIZER_NAMES = frozenset({
-    "added_tokens.json", "special_tokens_map.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
-    "spiece.model", "sentencepiece.bpe.model", "chat_template.json", "chat_template.jinja",
-})  # fmt: skip
-_TOKENIZER_PREFIXES = ("tokenizer", "vocab")
-
-
-def is_state_file(name: str) -> bool:
-    """Whether a small file belongs to a moment of training."""
-    return name in _STATE_NAMES or name.startswith(_STATE_PREFIXES)
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a small file belongs to the tokenizer or another processor of inputs."""
-    return name in _TOKENIZER_NAMES or name.startswith(_TOKENIZER_PREFIXES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +57,7 @@ class _MergedLayer:
     """fqn -> its name in the source."""
     weights: Mapping[str, TensorRef]
     masters: Mapping[str, TensorRef]
+    master_leaves: Mapping[str, str]
     states: Mapping[str, StateRef]
     buffers: frozenset[str]
     step: int | None
@@ -113,7 +85,13 @@ def merge_catalogs(
     Raises:
         IncompleteError: A source has no optimizer state, and others have.
         IncompatibleError: Layers do not fit together; lists every fault.
+        UnsupportedError: Layers to be averaged hold what has no average.
     """
+    # Weights alone are the model's own, without what the optimizer would set them to.
+    sources = {
+        name: replace(source, masters={}) if weights_only else separate_masters(source)
+        for name, source in sources.items()
+    }
     base, state_from = sources[resolution.base], sources[resolution.state_from]
     used = sorted({each.source for layer in resolution.layers for each in layer.contributions})
     if not weights_only:
@@ -121,7 +99,11 @@ def merge_catalogs(
     faults = [fault for layer in resolution.layers for fault in _layer_faults(layer, sources, base, weights_only)]
     if faults:
         raise _refuse(faults, resolution)
-    merged = [_merge_layer(layer, sources) for layer in resolution.layers]
+    shares = {layer.name: _shares(layer, sources) for layer in resolution.layers}
+    refuse_codes(shares)
+    merged = [_merge_layer(layer, shares[layer.name]) for layer in resolution.layers]
+    if not weights_only:
+        check_optimizers(state_from, resolution.state_from, _state_origins(resolution, sources, merged))
     weights = _in_order(base, {fqn: ref for each in merged for fqn, ref in each.weights.items()})
     cut = LayerMap(tuple(each.layer for each in merged), _kept_ties(base, weights))
     return Catalog(
@@ -132,13 +114,14 @@ def merge_catalogs(
         buffers=frozenset(fqn for each in merged for fqn in each.buffers),
         ties=cut.ties,
         masters={fqn: ref for each in merged for fqn, ref in each.masters.items()},
+        master_leaves={fqn: leaf for each in merged for fqn, leaf in each.master_leaves.items()},
         states={fqn: state for each in merged for fqn, state in each.states.items()},
         optimizers=_merge_groups(state_from, merged),
         layer_steps={each.layer.name: each.step for each in merged if each.step is not None},
         update_counts={each.layer.name: each.update_count for each in merged if each.update_count is not None},
         published={path: record for name in used for path, record in sources[name].published.items()},
         cut=cut,
-        files=_small_files(base, state_from, base.files if tokenizer is None else tokenizer),
+        files=choose_files(base, state_from, tokenizer, is_whole=_is_whole(resolution, sources)),
         native=state_from.native,
     )
 
@@ -148,10 +131,11 @@ def drop_optimizer(catalog: Catalog) -> Catalog:
     return replace(
         catalog,
         masters={},
+        master_leaves={},
         states={},
         optimizers=(),
         update_counts={},
-        files=tuple(file for file in catalog.files if not is_state_file(file.name)),
+        files=drop_training_state(catalog.files),
     )
 
 
@@ -219,15 +203,27 @@ def _find_like(target: TargetLayer, first: Contribution, base: Catalog) -> Layer
 
 
 def _state_faults(base: Catalog, ours: str, source: Catalog, theirs: str) -> Iterator[str]:
-    if (ours in base.masters) != (theirs in source.masters):
-        has = "no fp32 master" if ours in base.masters else "an fp32 master"
-        yield f"it has {has}, unlike in base"
-    if ours in base.states and theirs in source.states:
+    are_updated = ours in base.states and theirs in source.states
+    expected_master, found_master = _describe_master(base, ours), _describe_master(source, theirs)
+    # What is a leaf of the state is there from the first update on; what lies beside the weights always is.
+    if expected_master != found_master and (are_updated or _BESIDE in (expected_master, found_master)):
+        yield f"it has {found_master}, and {expected_master} in base"
+    if are_updated:
         expected, found = (_leaf_metas(each.states[fqn]) for each, fqn in ((base, ours), (source, theirs)))
         if expected != found:
             leaves = sorted(leaf for leaf in expected.keys() | found.keys() if expected.get(leaf) != found.get(leaf))
             ours, theirs = _metas(expected, leaves), _metas(found, leaves)
             yield f"optimizer state {', '.join(leaves)}: expected {ours}, found {theirs}"
+
+
+_BESIDE = "an fp32 master beside its weight"
+
+
+def _describe_master(catalog: Catalog, fqn: str) -> str:
+    if fqn not in catalog.masters:
+        return "no fp32 master"
+    leaf = catalog.master_leaves.get(fqn)
+    return _BESIDE if leaf is None else f"the fp32 master {leaf}"
 
 
 def _leaf_metas(state: StateRef) -> dict[str, TensorMeta]:
@@ -260,38 +256,54 @@ def _renumber(fqn: str, stack: Sequence[str], old: str, new: str) -> str:
     return ".".join([*parts[:at], new, *parts[at + 1 :]])
 
 
-def _merge_layer(target: TargetLayer, sources: Mapping[str, Catalog]) -> _MergedLayer:
-    """Put one layer together; its parts are known to fit."""
-    newest = target.optimizer_from
-    source = sources[newest.source]
-    origin = _names(source.layers[newest.layer], target.name)
-    parts = [
-        (sources[each.source], _names(sources[each.source].layers[each.layer], target.name))
+def _shares(target: TargetLayer, sources: Mapping[str, Catalog]) -> tuple[Share, ...]:
+    """What goes into a layer, in the order of its contributions."""
+    return tuple(
+        Share(
+            source=sources[each.source],
+            names=_names(sources[each.source].layers[each.layer], target.name),
+            weight=each.weight,
+        )
         for each in target.contributions
-    ]
-
-    def combine(kind: Literal["weights", "masters"], fqn: str) -> TensorRef:
-        refs = [getattr(catalog, kind)[names[fqn]] for catalog, names in parts]
-        return _average(refs, [each.weight for each in target.contributions], getattr(source, kind)[origin[fqn]])
-
-    index = int(target.name.rpartition(".")[2]) if source.layers[newest.layer].index is not None else None
-    return _MergedLayer(
-        layer=replace(source.layers[newest.layer], name=target.name, index=index, fqns=tuple(origin)),
-        origin=origin,
-        weights={fqn: combine("weights", fqn) for fqn in origin},
-        masters={fqn: combine("masters", fqn) for fqn, theirs in origin.items() if theirs in source.masters},
-        states={fqn: source.states[theirs] for fqn, theirs in origin.items() if theirs in source.states},
-        buffers=frozenset(fqn for fqn, theirs in origin.items() if theirs in source.buffers),
-        step=source.step_of(newest.layer),
-        update_count=source.update_counts.get(newest.layer),
     )
 
 
-def _average(refs: Sequence[TensorRef], weights: Sequence[float], newest: TensorRef) -> TensorRef:
-    # Counters and masks have no average.
-    if len(refs) == 1 or newest.meta.dtype not in _FLOATS:
-        return newest
-    return AveragedTensor(meta=newest.meta, sources=tuple(refs), weights=tuple(weights))
+def _merge_layer(target: TargetLayer, shares: Sequence[Share]) -> _MergedLayer:
+    """Put one layer together; its parts are known to fit."""
+    newest = shares[target.contributions.index(target.optimizer_from)]
+    source, origin, name = newest.source, newest.names, target.optimizer_from.layer
+    index = int(target.name.rpartition(".")[2]) if source.layers[name].index is not None else None
+    tensors = {fqn: average(fqn, shares, newest) for fqn in origin}
+    return _MergedLayer(
+        layer=replace(source.layers[name], name=target.name, index=index, fqns=tuple(origin)),
+        origin=origin,
+        weights={fqn: weight for fqn, (weight, _) in tensors.items()},
+        masters={fqn: master for fqn, (_, master) in tensors.items() if master is not None},
+        master_leaves={fqn: leaf for fqn, theirs in origin.items() if (leaf := source.master_leaves.get(theirs))},
+        states={fqn: source.states[theirs] for fqn, theirs in origin.items() if theirs in source.states},
+        buffers=frozenset(fqn for fqn, theirs in origin.items() if theirs in source.buffers),
+        step=source.step_of(name),
+        update_count=source.update_counts.get(name),
+    )
+
+
+def _state_origins(
+    resolution: Resolution, sources: Mapping[str, Catalog], merged: Sequence[_MergedLayer]
+) -> Iterator[StateOrigin]:
+    for target, each in zip(resolution.layers, merged, strict=True):
+        name = target.optimizer_from.source
+        yield StateOrigin(name=name, source=sources[name], fqns=each.origin)
+
+
+def _is_whole(resolution: Resolution, sources: Mapping[str, Catalog]) -> bool:
+    """Whether the new checkpoint is ``base``, layer by layer."""
+    copied = [
+        each.layer
+        for target in resolution.layers
+        for each in target.contributions
+        if target.is_copy and (each.source, each.layer) == (resolution.base, target.name)
+    ]
+    return len(copied) == len(resolution.layers) and {*copied} == {*sources[resolution.base].layers.names}
 
 
 def _in_order(base: Catalog, weights: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
@@ -340,43 +352,6 @@ def _in_model_order(fqns: Sequence[str], layer_of: Mapping[str, Layer]) -> list[
         return (1, index, position)
 
     return [fqn for _, fqn in sorted(enumerate(fqns), key=key)]
-
-
-def _small_files(base: Catalog, state_from: Catalog, tokenizer: Sequence[SmallFile]) -> tuple[SmallFile, ...]:
-    chosen = [
-        *(file for file in state_from.files if is_state_file(file.name)),
-        *(file for file in base.files if not is_state_file(file.name) and not is_tokenizer_file(file.name)),
-        *(file for file in tokenizer if is_tokenizer_file(file.name)),
-    ]
-    files = {file.name: file for file in chosen if file.name != PROVENANCE_NAME}
-    return tuple(files[name] for name in sorted(files))
-
-
-_ONE_PROCESS = frozenset({"tailored", "hf"})
-_RNG_OF_RANK = re.compile(r"rng_state_(\d+)\.pth")
-
-
-def fit_small_files(catalog: Catalog, to: str) -> tuple[Catalog, tuple[str, ...]]:
-    """Name the random number generators' files as the target looks for them, if that is of another format.
-
-    Source: transformers 5.23, trainer.py (_load_rng_state): ``rng_state.pth`` of a single process, else
-    ``rng_state_<rank>.pth``.
-    """
-    if catalog.format == to or (catalog.format in _ONE_PROCESS) == (to in _ONE_PROCESS):
-        return catalog, ()
-    old, new = ("rng_state_0.pth", "rng_state.pth") if to in _ONE_PROCESS else ("rng_state.pth", "rng_state_0.pth")
-    ranks = sorted(file.name for file in catalog.files if _RNG_OF_RANK.fullmatch(file.name))
-    kept = [
-        replace(file, name=new) if file.name == old else file
-        for file in catalog.files
-        if file.name == old or (file.name != "latest" and not _RNG_OF_RANK.fullmatch(file.name))
-    ]
-    notes = []
-    if to in _ONE_PROCESS and len(ranks) > 1:
-        notes.append(f"the random state is that of rank 0 of {len(ranks)}")
-    elif to not in _ONE_PROCESS and len(kept) and any(file.name == new for file in kept):
-        notes.append("the random state of the single process goes to rank 0; other ranks start with their seed")
-    return replace(catalog, files=tuple(kept)), tuple(notes)
 
 
 def tabulate_layers(resolution: Resolution, catalog: Catalog) -> tuple[LayerRow, ...]:

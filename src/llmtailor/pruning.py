@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .errors import FormatError, IntegrityError, NotFoundError, TailorError
 from .formats.manifest_file import read_manifest
@@ -25,7 +25,9 @@ __all__ = ["apply_retention", "describe_kept", "droppable_files", "read_metrics"
 
 _TRAINER_STATE_NAME = "trainer_state.json"
 _MAX_METRICS_NBYTES = 64 * 2**20
-_NUM_REMEMBERED = 4096
+_NUM_RUNS = 64
+_Asked: TypeAlias = tuple[Path, int, str | None, tuple[int, int, int]]
+"""A checkpoint, its step, the metric that was looked up, and the identity of the manifest."""
 
 
 def apply_retention(
@@ -47,7 +49,8 @@ def apply_retention(
         keep_consistent: False takes that rule away.
 
     Returns:
-        What stopped it, or None. It costs disk and never a checkpoint, so the caller warns; the next one tries again.
+        What stopped it, or kept it from one of them, the first if several did; None if all went well. It costs disk
+        and never a checkpoint, so the caller warns; the next one tries again.
     """
     try:
         rules = parse_keep(keep, consistent=keep_consistent)
@@ -57,13 +60,24 @@ def apply_retention(
         if rules.limit is not None and rules.optimizer is None and len(entries) <= rules.limit:
             return None
         metric = None if rules.best is None else rules.metric
-        kept = [_examine(entry, metric) for entry in entries.values()]
+        kept = _examine_all(run.path, entries.values(), metric)
         choice = choose_removals(kept, rules, pinned={*pinned, *read_pins(run.path)})
-        for step in choice.removed:
-            run.remove(entries[step].path)
-        return _thin_all(run, (entries[step].path for step in choice.thinned))
+        fault = _remove_all(run, (entries[step].path for step in choice.removed))
+        fault_of_thinning = _thin_all(run, (entries[step].path for step in choice.thinned))
+        return fault or fault_of_thinning
     except (TailorError, OSError) as err:
         return err
+
+
+def _remove_all(run: RunDirectory, paths: Iterable[Path]) -> TailorError | None:
+    """Remove what can be, for one that cannot must not keep all others for ever; returns the first fault."""
+    fault: TailorError | None = None
+    for path in paths:
+        try:
+            run.remove(path)
+        except TailorError as err:
+            fault = fault or err
+    return fault
 
 
 def _thin_all(run: RunDirectory, paths: Iterable[Path]) -> TailorError | None:
@@ -119,14 +133,26 @@ def describe_kept(path: Path, manifest: Manifest, metric: str | None) -> Kept:
     )
 
 
-def _examine(entry: CheckpointEntry, metric: str | None) -> Kept:
-    status = os.stat(entry.path / MANIFEST_NAME)
-    return _examine_once(entry.path, entry.step, metric, (status.st_dev, status.st_ino, status.st_mtime_ns))
+def _examine_all(run: Path, entries: Iterable[CheckpointEntry], metric: str | None) -> list[Kept]:
+    """Checkpoints do not change, and a run may have thousands of them that stay: each is looked at once."""
+    remembered = _remembered_of(run)
+    before = dict(remembered)
+    # Those that are gone are forgotten.
+    remembered.clear()
+    for entry in entries:
+        status = os.stat(entry.path / MANIFEST_NAME)
+        asked = entry.path, entry.step, metric, (status.st_dev, status.st_ino, status.st_mtime_ns)
+        remembered[asked] = before[asked] if asked in before else _examine(entry.path, entry.step, metric)
+    return list(remembered.values())
 
 
-@functools.lru_cache(maxsize=_NUM_REMEMBERED)
-def _examine_once(path: Path, step: int, metric: str | None, identity: tuple[int, int, int]) -> Kept:
-    """Checkpoints do not change, and a run may have a thousand of them that stay: each is looked at once."""
+@functools.lru_cache(maxsize=_NUM_RUNS)
+def _remembered_of(run: Path) -> dict[_Asked, Kept]:
+    """What was seen of a run's checkpoints; as many as it has, for one more than there is room for would cost all."""
+    return {}
+
+
+def _examine(path: Path, step: int, metric: str | None) -> Kept:
     try:
         manifest, _ = read_manifest(path)
     except FormatError:

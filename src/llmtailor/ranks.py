@@ -12,23 +12,33 @@ Source: torch 2.13, distributed/distributed_c10d.py (_get_default_store), includ
 from __future__ import annotations
 
 import itertools
+import secrets
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .errors import WriteError
+from .manifest import digest_of
 
-__all__ = ["LateError", "Messages", "Ranks", "join_ranks"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["LateError", "Messages", "Ranks", "join_ranks", "open_channel"]
 
 _FIRST_PAUSE_SECS = 0.002
 _LONGEST_PAUSE_SECS = 0.2
+# Whoever is done with loading a model waits for whoever is not.
+_JOIN_SECS = 1800.0
 # Of those that wait for a store which never answers; another call waits for one of them to end.
 _MAX_HELPERS = 4
 
 _ResultT = TypeVar("_ResultT")
-_channels = itertools.count()
+# By members: processes that are not in a group do not know how often it met.
+_channels: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
 
 
 class LateError(WriteError):
@@ -240,26 +250,129 @@ def _poll(is_there: Callable[[], bool], is_given_up: Callable[[], bool]) -> None
         pause = min(pause * 1.5, _LONGEST_PAUSE_SECS)
 
 
-def join_ranks() -> Ranks | None:
+def join_ranks(group: ProcessGroup | None = None) -> Ranks | None:
     """The processes that ``torch.distributed`` was initialised for; None if there is one alone.
 
-    Every rank calls it the same number of times, in the same order: each call is a channel of its own.
+    Every rank calls it the same number of times, in the same order: each call is a channel of its own. It waits for all
+    of them.
+
+    Args:
+        group: A process group of which this process is; those in it alone, counted as it counts them.
+
+    Raises:
+        LateError: Not all ranks came.
     """
     import torch.distributed as dist
 
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return None
     from torch.distributed.distributed_c10d import _get_default_store
 
     store = _get_default_store()
-    prefix = f"llmtailor/{next(_channels)}"
-    return Ranks(dist.get_rank(), dist.get_world_size(), lambda: _connect(store, prefix))
+    members = "-".join(map(str, dist.get_process_group_ranks(group)))
+    name = f"llmtailor/{digest_of(members.encode())}/{next(_channels[members])}"
+    return open_channel(dist.get_rank(group), dist.get_world_size(group), lambda prefix: _connect(store, prefix), name)
+
+
+def open_channel(
+    rank: int,
+    size: int,
+    connect: Callable[[str], Messages],
+    name: str,
+    *,
+    timeout_secs: float = _JOIN_SECS,
+) -> Ranks:
+    """Meet the other ranks where nothing lies that anybody said before.
+
+    The store may outlive a start of the job, and all that was said in it: the agent of ``torchrun --max-restarts``
+    keeps it. So a channel has a part in its name that is new each time. Rank 0 draws it, and as its word of the start
+    before may still be there, a rank believes only the word that repeats what the rank itself has just drawn. (The
+    number of restarts would not do: ranks that come or go do not raise it.)
+
+    Args:
+        rank: Of this process.
+        size: How many ranks there are.
+        connect: Makes a connection whose keys have a prefix.
+        name: Of the channel, the same on all ranks.
+        timeout_secs: How long to wait for all of them.
+
+    Raises:
+        LateError: Not all ranks came.
+
+    Source:
+        torch 2.13, distributed/rendezvous.py (_create_c10d_store adds no prefix for an attempt) and
+        distributed/elastic/rendezvous/dynamic_rendezvous.py (next_rendezvous makes one store for all of them).
+    """
+    lobby = Ranks(rank, size, lambda: connect(name))
+    own = secrets.token_hex(8)
+    greet = _greet_all if lobby.is_coordinator else _greet_coordinator
+    try:
+        start = lobby._run(partial(greet, lobby, own), timeout_secs, f"meet the other {size - 1} ranks")
+    except LateError as err:
+        raise _name_absent(lobby, own, err) from err
+    return Ranks(rank, size, lambda: connect(f"{name}/{start}"))
+
+
+def _greet_all(lobby: Ranks, own: str, messages: Messages, is_given_up: Callable[[], bool]) -> str:
+    arrived = [f"arrived/{rank}" for rank in range(1, lobby.size)]
+    heard = [_heard_key(own, rank) for rank in range(1, lobby.size)]
+    told = ""
+
+    def is_heard() -> bool:
+        nonlocal told
+        if messages.check(arrived):
+            text = " ".join([own, *(bytes(each).decode() for each in messages.multi_get(arrived))])
+            if text != told:
+                messages.set("start", text.encode())
+                told = text
+        return messages.check(heard)
+
+    _poll(is_heard, is_given_up)
+    for key in heard:
+        messages.delete_key(key)
+    return own
+
+
+def _greet_coordinator(lobby: Ranks, own: str, messages: Messages, is_given_up: Callable[[], bool]) -> str:
+    messages.set(f"arrived/{lobby.rank}", own.encode())
+    told: list[str] = []
+
+    def is_repeated() -> bool:
+        nonlocal told
+        told = bytes(messages.get("start")).decode().split() if messages.check(["start"]) else []
+        return len(told) == lobby.size and told[lobby.rank] == own
+
+    _poll(is_repeated, is_given_up)
+    messages.set(_heard_key(told[0], lobby.rank), b"")
+    return told[0]
+
+
+def _heard_key(start: str, rank: int) -> str:
+    return f"heard/{start}/{rank}"
+
+
+def _name_absent(lobby: Ranks, own: str, error: LateError) -> LateError:
+    absent = [0]
+    if lobby.is_coordinator:
+        keys = {_heard_key(own, rank): rank for rank in range(1, lobby.size)}
+        try:
+            found = lobby.take_those_there(keys, timeout_secs=5.0)
+        except LateError:
+            return error
+        absent = [rank for key, rank in keys.items() if key not in found]
+    names = ", ".join(map(str, absent[:8])) + (f", and {len(absent) - 8} more" if len(absent) > 8 else "")
+    return LateError(
+        error.what,
+        kind=error.kind,
+        expected=error.expected,
+        found=f"no word of rank {names}",
+        hint="is that process alive, and does it open the run as the others do?",
+    )
 
 
 def _connect(store: Any, prefix: str) -> Any:
     from torch._C._distributed_c10d import PrefixStore
 
-    # The prefixes stay: some of them tell one start of the job from the one before, in a store that outlives both.
     connection = store.clone()
     connection.set_timeout(timedelta(seconds=60))
     return PrefixStore(prefix, connection)

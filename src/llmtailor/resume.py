@@ -7,7 +7,7 @@ On several ranks all come to one answer: the coordinator looks for candidates, e
 and what is bad on one is bad for all (see ``resume_together``).
 
 A candidate that cannot be loaded is read again, whole, and only what does not verify is set aside: whatever is wrong
-with one that does is the user's to know.
+with one that does is the user's to know. That it was saved on another number of ranks is said at once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack, cast
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import (
     FormatError,
+    IncompatibleError,
     IncompleteError,
     IntegrityError,
     NotFoundError,
@@ -155,6 +156,8 @@ def load_resumable(
             is_spoiled = True
             _fill(found, fill)
         except TailorError as err:
+            if _is_of_manifest(err):
+                raise
             reason = search.find_damage(found) if search is not None else _find_damage(found)
             if reason is None and not isinstance(err, IntegrityError):
                 raise
@@ -226,9 +229,10 @@ def _load_named(path: Path, plan: Callable[[Checkpoint], Fill]) -> Checkpoint:
             fill = _plan(found, plan)
             is_spoiled = True
             _fill(found, fill)
-        except TailorError:
-            # All that is wrong with it, if that is why.
-            _verify(found).raise_if_bad()
+        except TailorError as err:
+            if not _is_of_manifest(err):
+                # All that is wrong with it, if that is why.
+                _verify(found).raise_if_bad()
             raise
     except Exception as err:
         if is_spoiled:
@@ -267,6 +271,11 @@ def _plan(found: Checkpoint, plan: Callable[[Checkpoint], Fill]) -> Fill:
     # The layer files are digested while they are loaded; the others before anybody relies on them.
     verify_checkpoint(found.path, has_layers=False).raise_if_bad()
     return plan(found)
+
+
+def _is_of_manifest(err: TailorError) -> bool:
+    """The manifest alone says it, and that verified: every rank would read all layer files to find the same."""
+    return isinstance(err, IncompatibleError) and err.kind == "world-size"
 
 
 def _fill(found: Checkpoint, fill: Fill) -> None:
@@ -422,9 +431,7 @@ def _refuse_quarantined(run: Path) -> None:
 def _name_superseded(run: Path) -> None:
     """A run that died before its own first checkpoint has set the one before it aside: say so."""
     superseded = [
-        entry
-        for entry in list_set_aside(run)
-        if entry.kind == "superseded" and (entry.path / MANIFEST_NAME).is_file()
+        entry for entry in list_set_aside(run) if entry.kind == "superseded" and (entry.path / MANIFEST_NAME).is_file()
     ]
     if superseded:
         newest = superseded[-1]

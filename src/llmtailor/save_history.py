@@ -32,7 +32,7 @@ def recipe_of_run(run: Path, step: int | None, *, default: Path | None = None) -
     Args:
         run: Directory that holds checkpoint-<step>, ours or another tool's.
         step: None for the newest there is.
-        default: Where layers come from that no checkpoint holds.
+        default: Where layers come from that no checkpoint holds. Must be a checkpoint or a model.
 
     Returns:
         YAML text in our dialect.
@@ -40,10 +40,13 @@ def recipe_of_run(run: Path, step: int | None, *, default: Path | None = None) -
     Raises:
         NotFoundError: There is no checkpoint at or before the step.
         IncompleteError: Some layer is in no checkpoint.
+        TailorError: What is wrong with the default.
     """
     entries = _entries(run, step)
     ours = [entry for entry in entries if entry.has_manifest]
     if ours:
+        if default is not None:
+            _open_part(default)  # the recipe names it, so it must be one that can be used
         saved = tuple(_read_manifests(ours))
         names = tuple(layer.name for layer in read_manifest(ours[-1].path)[0].layers)
     else:
@@ -96,7 +99,11 @@ def _read_log(path: Path) -> bytes:
             text = file.read(_MAX_LOG_NBYTES + 1)
     except OSError as err:
         raise InvalidInputError(
-            f"cannot read the log of saved layers: {err.strerror}", kind="log-file", path=path
+            f"cannot read the log of saved layers: {err.strerror}",
+            kind="log-file",
+            path=path,
+            expected="a file such as flags.jsonl, of LLMTailor or StreamCheck",
+            hint="check the path given with --flags; checkpoints of ours need no log",
         ) from err
     if len(text) > _MAX_LOG_NBYTES:
         raise InvalidInputError(
@@ -119,8 +126,18 @@ def _entries(run: Path, step: int | None) -> list[CheckpointEntry]:
             path=run,
             expected="checkpoint-<step>" + ("" if step is None else f" of step {step} or before"),
             found=f"steps {steps}" if entries else "none",
+            hint=_say_where(run, entries),
         )
     return kept
+
+
+def _say_where(run: Path, entries: Sequence[CheckpointEntry]) -> str:
+    if entries:
+        return f"llmtailor ls {run} lists what is there"
+    inside = run.resolve()
+    if run.is_dir() and any(entry.path == inside for entry in list_checkpoints(inside.parent)):
+        return f"this is one checkpoint; give the run: llmtailor plan {inside.parent}"
+    return "give the directory that holds checkpoint-<step>"
 
 
 def _newest(entries: Sequence[CheckpointEntry]) -> int:

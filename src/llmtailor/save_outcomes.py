@@ -28,21 +28,24 @@ class SaveOutcomes:
     """Called by the training thread.
 
     Args:
-        run: Keeps the saves that nobody was told the end of, and the failures since the last good one.
+        run: Keeps the saves that nobody was told the end of, and the newest failure since the last good one.
     """
 
     def __init__(self, run: OpenRun) -> None:
         self._run = run
+        self._num_failed = 0
+        """In a row."""
         self._num_raised = 0
-        """Of failures in a row: each is raised once."""
+        """Of these: each is raised once."""
         self.last_good: SaveHandle | None = None
         """The newest save that ended well, as far as was collected."""
         self.is_torn = False
         """State was changed while it was captured."""
 
     def note_begun(self, handle: SaveHandle) -> None:
-        """A save was begun."""
-        self._run.uncollected = [*self._run.uncollected, handle]
+        """A save was begun; more than once is fine."""
+        if handle not in self._run.uncollected:
+            self._run.uncollected = [*self._run.uncollected, handle]
 
     def collect(self) -> None:
         """Take note of saves that ended meanwhile, and warn of those that failed; waits for nothing.
@@ -58,13 +61,14 @@ class SaveOutcomes:
     def _note_outcome(self, handle: SaveHandle) -> None:
         error = handle.failure
         if error is None:
-            self._run.failures.clear()
-            self._num_raised = 0
+            self._run.failures = []
+            self._num_failed = self._num_raised = 0
             self.last_good = handle
             return
         if not isinstance(error, SOFT_ERRORS):
             raise error
-        self._run.failures.append(error)
+        self._run.failures = [error]  # not all: on a bad disk they are many
+        self._num_failed += 1
         logger.error("checkpoint-%d was not saved: %s", handle.step, error)
         if error.kind == "changed-during-capture":
             self.is_torn = True
@@ -80,17 +84,20 @@ class SaveOutcomes:
         Raises:
             WriteError: Two saves in a row failed.
         """
-        failures = self._run.failures
-        if 1 < len(failures) != self._num_raised:
-            self._num_raised = len(failures)
-            raise failures[-1] from failures[-2]
+        if 1 < self._num_failed != self._num_raised:
+            self._num_raised = self._num_failed
+            last = self._run.failures[-1]
+            assert isinstance(last, TailorError)
+            # Whatever stopped it, to whoever trains it is a checkpoint that was not written. A new error each time: the
+            # frames of the caller, and the handles in them, are not to hang on the one that a handle keeps.
+            raise WriteError(**last.fields()) from last
 
     def unfinished(self) -> list[SaveHandle]:
         """Saves whose ``result`` would wait; any thread."""
         return [handle for handle in self._run.uncollected if not handle.has_ended]
 
     def take_failures(self) -> list[BaseException]:
-        """Those since the last good save; they are told now."""
+        """The newest since the last good save, if one failed; it is told now."""
         failures, self._run.failures = self._run.failures, []
         return failures
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
+
 from .codecs import Deviation, Rest
 from .drift import LayerDrift
-from .errors import UnsupportedError, WriteError
+from .errors import StrategyIgnoredWarning, UnsupportedError, WriteError
 from .layers import Layer, file_stem, part_suffix
 from .live_state import LiveLayers
 from .local_parts import Seat
@@ -29,11 +32,12 @@ from .manifest import (
     PartRecord,
     TensorRecord,
 )
-from .strategies import CODED, NO_BASE, NO_GAIN, Choice, LayerStatus, SaveContext, Strategy, choose_layers
+from .model_state import is_adapted
+from .strategies import CODED, NO_BASE, NO_GAIN, Choice, Full, LayerStatus, SaveContext, Strategy, choose_layers
 from .votes import digest_choice
 from .writer import CodedImage, LayerImage, WrittenCodes, WrittenLayer, code_layer
 
-__all__ = ["Contents", "SavePlan", "encode_index", "layer_statuses", "plan_save"]
+__all__ = ["Contents", "SavePlan", "applicable_strategy", "encode_index", "layer_statuses", "plan_save"]
 
 Contents = Literal["full", "weights"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -87,9 +91,10 @@ class SavePlan:
         """The same plan after the checkpoint that is its parent in the end.
 
         A save may be planned while the one before is in flight. When its turn to be committed comes, that one is
-        published, or it failed: then layers which were to be linked from it are linked from the one before.
+        published, or it failed: then layers which were to be linked from it are linked from the one before, where that
+        holds the same tensors.
         """
-        records = {} if parent is None else _restrict_layers(parent, self.layers, self.seat)
+        records = {} if parent is None else _find_alike(parent, self, self.contents, self.seat)
         return replace(self, previous={layer: records[layer] for layer in self.previous if layer in records})
 
     def links(self, written: Mapping[str, WrittenLayer]) -> tuple[tuple[str, FileRecord], ...]:
@@ -293,6 +298,19 @@ def _refuse_codes(rest: Rest) -> UnsupportedError:
     )
 
 
+def applicable_strategy(strategy: Strategy, module: torch.nn.Module) -> Strategy:
+    """The strategy, or for a model with adapters a full one; warns if that is another."""
+    if not is_adapted(module) or isinstance(strategy, Full):
+        return strategy
+    # PEFT's own file always holds the whole adapter as it is now: beside it, a composite would be another model.
+    warnings.warn(
+        f"{strategy.text} is not applied to adapters: they are saved whole, as PEFT's own file is",
+        StrategyIgnoredWarning,
+        stacklevel=2,
+    )
+    return Full()
+
+
 def layer_statuses(
     live: LiveLayers, previous: Mapping[str, LayerRecord] = _NOTHING, drifts: Mapping[str, LayerDrift] = _NOTHING
 ) -> tuple[LayerStatus, ...]:
@@ -347,19 +365,20 @@ def _find_linkable(
     is_linkable: Callable[[str, Sequence[FileRecord]], bool],
     seat: Seat,
 ) -> dict[str, LayerRecord]:
-    """Layers of the parent whose files still stand for the same tensors, cut alike, and the same optimizers."""
-    if parent.contents != contents or [each.name for each in parent.optimizers] != [
-        each.name for each in live.optimizers
-    ]:
+    """Layers of the parent that are alike, and whose files are there."""
+    alike = _find_alike(parent, live, contents, seat)
+    return {name: layer for name, layer in alike.items() if is_linkable(name, layer.files)}
+
+
+def _find_alike(parent: Manifest, now: LiveLayers | SavePlan, contents: Contents, seat: Seat) -> dict[str, LayerRecord]:
+    """Layers of the parent whose files stand for the same tensors as now, cut alike, and the same optimizers."""
+    if parent.contents != contents or parent.world.layout != now.layout:
         return {}
-    if parent.world.layout != live.layout:
+    if [each.name for each in parent.optimizers] != [each.name for each in now.optimizers]:
         return {}
-    now, then = _schema_by_layer(live.tensors), _schema_by_layer(parent.tensors)
-    return {
-        name: layer
-        for name, layer in _restrict_layers(parent, live.layers, seat).items()
-        if now.get(name) == then[name] and is_linkable(name, layer.files)
-    }
+    new, old = _schema_by_layer(now.tensors), _schema_by_layer(parent.tensors)
+    records = _restrict_layers(parent, now.layers, seat)
+    return {name: layer for name, layer in records.items() if new.get(name) == old[name]}
 
 
 def _restrict_layers(parent: Manifest, layers: Sequence[Layer], seat: Seat) -> dict[str, LayerRecord]:

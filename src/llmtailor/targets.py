@@ -10,7 +10,7 @@ from .errors import NotFoundError
 from .manifest import MANIFEST_NAME
 from .storage import list_checkpoints
 
-__all__ = ["find_checkpoints", "newest_checkpoint"]
+__all__ = ["find_checkpoints", "find_passed_over", "newest_checkpoint"]
 
 _EXPECTED = f"a directory with a {MANIFEST_NAME}, or one that holds such directories checkpoint-<step>"
 
@@ -35,6 +35,16 @@ def find_checkpoints(paths: Iterable[Path]) -> list[Path]:
         for checkpoint in _checkpoints_at(path):
             found.setdefault(checkpoint.resolve(), checkpoint)
     return list(found.values())
+
+
+def find_passed_over(paths: Iterable[Path]) -> list[Path]:
+    """What has the name of a checkpoint in the runs meant by the paths and no manifest, so that it is not found.
+
+    Raises:
+        NotFoundError: A path is not a directory.
+    """
+    runs = {path.resolve(): path for path in paths if not os.path.lexists(path / MANIFEST_NAME)}
+    return [entry.path for run in runs.values() for entry in list_checkpoints(run) if not entry.has_manifest]
 
 
 def _checkpoints_at(path: Path) -> Sequence[Path]:

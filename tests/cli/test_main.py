@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+from typer.main import get_command
 
 from llmtailor import __version__, inventory
+from llmtailor.cli.main import app
 
 Command: TypeAlias = Callable[..., Any]
 
@@ -107,7 +114,7 @@ def test_locked_run_is_told_completely(locked_run: Path, llmtailor: Command) -> 
 
 
 def test_wrong_usage_is_exit_2(llmtailor: Command) -> None:
-    llmtailor("ls", exit_code=2)
+    assert llmtailor("ls", "--json", exit_code=2).stdout == ""
     llmtailor("ls", "--no-such-option", exit_code=2)
     assert "Did you mean 'verify'" in llmtailor("verifyy", exit_code=2).stderr
 
@@ -134,6 +141,22 @@ def test_ctrl_c_is_one_line_and_exit_130(run: Path, llmtailor: Command, monkeypa
     assert llmtailor("ls", run, exit_code=130).stderr == "\ninterrupted\n"
 
 
+def test_ctrl_c_while_the_command_line_is_imported(tmp_path: Path) -> None:
+    """By whatever entry: a module that stands before typer plays the signal."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, function = project["scripts"]["llmtailor"].split(":")
+    for start in (["-c", f"from {module} import {function}; {function}()"], ["-m", "llmtailor"]):
+        finished = subprocess.run(
+            [sys.executable, *start, "ls"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (finished.returncode, finished.stderr) == (130, "\ninterrupted\n")
+
+
 def test_what_the_operating_system_refuses_is_exit_74(
     run: Path, llmtailor: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,12 +167,36 @@ def test_what_the_operating_system_refuses_is_exit_74(
     assert_is_complete(llmtailor("ls", run, exit_code=74).stderr, str(run))
 
 
-def test_a_closed_pipe_is_quiet(run: Path, script: list[str]) -> None:
+@pytest.mark.parametrize("fault", ["none", "damaged", "no such path"])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_closed_pipe_is_quiet(
+    run: Path, script: list[str], damage_file: Command, fault: str, options: list[str]
+) -> None:
+    if fault == "damaged":
+        damage_file(run / "checkpoint-2" / "model-norm.safetensors")
+    path = run / "checkpoint-50" if fault == "no such path" else run
     reader, writer = os.pipe()
     os.close(reader)
-    finished = subprocess.run([*script, "ls", run], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    finished = subprocess.run(
+        [*script, "verify", path, *options], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
     os.close(writer)
-    assert (finished.returncode, finished.stderr) == (141, "")
+    if fault != "no such path":
+        assert (finished.returncode, finished.stderr) == (141, "")
+    else:
+        assert_is_complete(finished.stderr, str(path))
+        assert finished.returncode == (141 if options else 3)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_full_stdout_is_told_once(run: Path, script: list[str], options: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        finished = subprocess.run(
+            [*script, "show", run, *options], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert finished.returncode == 74, finished.stderr
+    assert finished.stderr.startswith("error: the operating system refused: No space left on device\n")
+    assert len(finished.stderr.splitlines()) == 4
 
 
 def test_version_and_help(llmtailor: Command) -> None:
@@ -157,6 +204,16 @@ def test_version_and_help(llmtailor: Command) -> None:
     text = llmtailor("--help").stdout
     for command in ("ls", "show", "verify", "prune", "demo"):
         assert re.search(rf"\b{command}\b", text)
+
+
+@pytest.mark.parametrize("command", ["prune", "merge", "estimate"])
+def test_help_has_every_option_whole_at_80_columns(script: list[str], command: str) -> None:
+    told = on_terminal([*script, command, "--help"], 80)
+    defined = {
+        name for each in get_command(app).commands[command].params for name in (*each.opts, *each.secondary_opts)
+    }
+    assert {name for name in defined if name.startswith("-")} <= set(re.split(r"[\s,/]+", told))
+    assert max(map(len, told.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
@@ -174,6 +231,39 @@ def test_commands_that_look_leave_heavy_libraries_out(run: Path, command: str, o
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.strip() == ""
+
+
+def on_terminal(arguments: list[Any], columns: int) -> str:
+    """What a process writes to a terminal of so many columns."""
+    reader, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    # Where COLUMNS is set it is believed more than the terminal.
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"} | {"TERM": "xterm"}
+    with subprocess.Popen(
+        [*arguments], stdin=subprocess.DEVNULL, stdout=terminal, stderr=subprocess.DEVNULL, env=environment
+    ):
+        os.close(terminal)
+        seen = bytearray()
+        with contextlib.suppress(OSError):  # when the process has ended
+            while chunk := os.read(reader, 65536):
+                seen += chunk
+        os.close(reader)
+    return seen.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("command", ["diff", "estimate"])
+def test_a_narrow_terminal_shows_every_column_whole(run: Path, script: list[str], command: str) -> None:
+    """The terminal wraps what is too wide; nothing is cut, and no line ends with spaces that it would wrap, too."""
+    newest = run / "checkpoint-5"
+    arguments = [*script, command, newest, *([run / "checkpoint-4"] if command == "diff" else [])]
+    plain = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(arguments, 80))
+    piped = subprocess.run(arguments, capture_output=True, text=True, check=False).stdout
+    # Sentences are folded at words; rows of tables are as they are in a pipe.
+    rows = [line for line in piped.splitlines() if re.search(r"\S {2,}\S+ {2,}\S", line)]
+    assert any(len(row) > 80 for row in rows)
+    assert {line.split()[0] for line in rows} >= ({"embed_tokens", "norm"} if command == "diff" else {"round_robin"})
+    assert set(plain.splitlines()) >= set(rows)
+    assert not re.search(r" $", plain, re.M)
 
 
 def test_on_a_terminal_there_is_a_progress_bar_on_stderr(run: Path, script: list[str]) -> None:

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,6 +53,23 @@ def test_merge_json_counts_the_bytes_on_disk(recipe: Path, tmp_path: Path, llmta
 
 def test_quiet_merge_prints_the_new_directory(recipe: Path, tmp_path: Path, llmtailor: Command) -> None:
     assert llmtailor("merge", "-q", recipe, tmp_path / "out").stdout == f"{tmp_path / 'out'}\n"
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_files_that_cannot_be_linked_are_one_note(
+    recipe: Path, run: Path, tmp_path: Path, llmtailor: Command, llmtailor_json: Command, command: str
+) -> None:
+    for file in run.glob("checkpoint-*/**/*.safetensors"):
+        file.chmod(0o644)
+    source = recipe if command == "merge" else run / "checkpoint-5"
+    quiet = llmtailor(command, source, tmp_path / "quiet", "-q")
+    assert (quiet.stdout, quiet.stderr) == (f"{tmp_path / 'quiet'}\n", "")
+    text = llmtailor(command, source, tmp_path / "out")
+    notes = [line for line in text.stdout.splitlines() if "no hard link" in line]
+    assert len(notes) == 1
+    assert re.search(r"to \d+ files, such as \S+: it can be changed in place.* they are copied", notes[0])
+    assert text.stderr == ""
+    assert notes[0].strip() in llmtailor_json(command, source, tmp_path / "json")["notes"]
 
 
 def test_merge_of_weights_in_another_type(recipe: Path, tmp_path: Path, llmtailor: Command) -> None:
@@ -116,7 +136,41 @@ def test_installed_mergekit_makes_the_weights(
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "out", exported))
     assert ours.keys() == theirs.keys()
     assert all((ours[name] == theirs[name]).all() for name in ours)
-    assert not [path for path in tmp_path.iterdir() if "mergekit-" in path.name]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_installed_mergekit_makes_the_weights_of_a_model_in_a_new_directory(
+    run: Path, tmp_path: Path, llmtailor: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = tmp_path / "exported"
+    llmtailor("export", run / "checkpoint-5", exported, "--weights-only", "--to", "hf")
+    install_mergekit(tmp_path, monkeypatch, f'mkdir "$2" && cp {exported}/* "$2"')
+    llmtailor("merge", slerp_recipe(run, tmp_path), tmp_path / "new" / "deep" / "out")
+    assert (tmp_path / "new" / "deep" / "out" / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_of_mergekits_output_is_swept(
+    run: Path, tmp_path: Path, llmtailor: Command, script: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Kills what started it, as the kernel does when memory is short.
+    install_mergekit(tmp_path, monkeypatch, 'mkdir "$2"; echo 1 > "$2/model.safetensors"; kill -9 $PPID')
+    arguments = ["merge", slerp_recipe(run, tmp_path), tmp_path / "out"]
+    assert subprocess.run([*script, *map(str, arguments)], check=False).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out.")]
+    llmtailor("export", run / "checkpoint-5", tmp_path / "out", "--weights-only", "--to", "hf")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("command", [("plan",), ("merge", "--dry-run")], ids=["plan", "dry-run"])
+def test_plan_says_who_will_do_what_mergekit_alone_can(
+    run: Path, tmp_path: Path, llmtailor: Command, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    install_mergekit(tmp_path, monkeypatch, "exit 1")
+    output = [tmp_path / "out"] if command[0] == "merge" else []
+    finished = llmtailor(command[0], slerp_recipe(run, tmp_path), *output, *command[1:], exit_code=12)
+    assert "llmtailor merge has mergekit do it" in finished.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_failing_mergekit_leaves_nothing(

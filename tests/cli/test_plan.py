@@ -62,6 +62,56 @@ def test_run_without_a_checkpoint_so_early_is_refused(run: Path, llmtailor: Comm
     assert "1, 2, 3, 4, 5" in finished.stderr
 
 
+IDLE = {
+    "run": ["--to=hf", "--no-copy-tokenizer", "--own-steps", "--ranks=2", "--weights-only", "--out-shard-size=5GB"],
+    "recipe": ["--step=0", "--flags=flags.jsonl", "--default=model", "--output=other.yaml"],
+}
+
+
+@pytest.mark.parametrize(("what", "option"), [(what, option) for what, options in IDLE.items() for option in options])
+def test_an_option_that_would_do_nothing_is_refused(
+    run: Path, tmp_path: Path, llmtailor_json: Command, what: str, option: str
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"base: {run / 'checkpoint-5'}\n")
+    error = llmtailor_json("plan", run if what == "run" else tmp_path / "recipe.yaml", option, exit_code=6)["error"]
+    assert (error["kind"], error["found"]) == ("idle-option", option.split("=")[0])
+    assert error["what"].endswith(f" to a {what}")
+
+
+def test_a_default_that_is_no_checkpoint_is_refused(run: Path, tmp_path: Path, llmtailor: Command) -> None:
+    finished = llmtailor("plan", run, "--default", tmp_path / "nothere", "-o", tmp_path / "recipe.yaml", exit_code=3)
+    assert str(tmp_path / "nothere") in finished.stderr
+    assert not (tmp_path / "recipe.yaml").exists()
+    llmtailor("plan", run, "--default", run / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "hint"),
+    [
+        (["plan", "typo"], 6, "check the path"),
+        (["plan", "run/checkpoint-3"], 3, "give the run: llmtailor plan "),
+        (["plan", "run", "--step=0"], 3, "llmtailor ls run"),
+        (["plan", "run", "-o", "typo/recipe.yaml"], 3, "make it, or choose another name"),
+        (["plan", "run", "-o", "run"], 9, "choose another name"),
+        (["merge", "typo.yaml", "out"], 6, "check the path"),
+        (["merge", "run", "out"], 6, "llmtailor plan run -o recipe.yaml"),
+        (["plan", "run", "--flags", "typo"], 6, "--flags"),
+        (["export", "run/checkpoint-1", "out", "--parameter-names", "typo"], 6, "--parameter-names"),
+        (["export", "run/checkpoint-1", "out", "--out-shard-size", "5"], 6, "--out-shard-size"),
+        (["estimate", "run/checkpoint-1", "--bandwidth", "2"], 6, "--bandwidth"),
+        (["diff", "run/checkpoint-1", "run/checkpoint-2", "--plot", "x.jpg"], 6, "--plot x.png"),
+        (["diff", "run/checkpoint-1", "run/checkpoint-2", "--plot", "typo/x.png"], 6, "--plot"),
+    ],
+)
+def test_a_slip_is_told_with_the_next_step(
+    run: Path, llmtailor: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], exit_code: int, hint: str
+) -> None:
+    monkeypatch.chdir(run.parent)
+    next_step = llmtailor(*arguments, exit_code=exit_code).stderr.splitlines()[-1]
+    assert next_step.startswith("  next ")
+    assert hint in next_step
+
+
 def partial_run(run: Path, directory: Path, llmtailor: Command) -> Path:
     """Model directories of which each has the layers that its step saved, as a selective save without links leaves."""
     from safetensors.torch import load_file, save_file

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -104,7 +105,8 @@ def test_prune_refuses_to_keep_none(run: Path, llmtailor: Command) -> None:
 def test_prune_removes_nothing_before_the_newest_verified(run: Path, llmtailor: Command, damage_file: Command) -> None:
     damage_file(run / "checkpoint-5" / "model-norm.safetensors")
     stderr = llmtailor("prune", run, "--keep", "1", "--yes", exit_code=5).stderr
-    assert "the checkpoint does not verify" in stderr
+    assert stderr.startswith("error: nothing was removed: the checkpoint does not verify")
+    assert "  next      resume the run first" in stderr
     assert len(names_in(run)) == 5
 
 
@@ -115,6 +117,26 @@ def test_a_damaged_checkpoint_is_neither_counted_nor_removed(
     text = llmtailor("prune", run, "--keep", "2", "--no-keep-consistent", "--yes").stdout
     assert names_in(run) == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
     assert "left alone: checkpoint-4, the manifest is cut off or changed" in text
+
+
+def test_prune_tells_what_it_leaves_alone_and_leaves_no_lock(run: Path, llmtailor: Command) -> None:
+    """Nothing in the directory is ours to remove: two checkpoints of another tool, and what was set aside."""
+    for step in (1, 2):
+        (run / f"checkpoint-{step}" / "tailor.json").unlink()
+    for step, name in ((3, "bad"), (4, "superseded")):
+        os.rename(run / f"checkpoint-{step}", run / f"_checkpoint-{step}.{name}")
+    for path in (run / "checkpoint-5", run / "_staging"):
+        shutil.rmtree(path)
+    before = sorted(os.listdir(run))
+    assert llmtailor("prune", run, "--keep", "1", "--yes").stdout.splitlines() == [
+        "nothing to remove",
+        "there is no whole checkpoint of LLMTailor",
+        "left alone: checkpoint-1, no tailor.json: another tool's, or half a checkpoint",
+        "left alone: checkpoint-2, no tailor.json: another tool's, or half a checkpoint",
+        "left alone: _checkpoint-3.bad, failed verification and was set aside; --bad removes it",
+        "left alone: _checkpoint-4.superseded, of an abandoned branch; --superseded removes it",
+    ]
+    assert sorted(os.listdir(run)) == before
 
 
 def test_prune_keeps_what_was_set_aside_if_nothing_else_is_left(set_aside: Path, llmtailor: Command) -> None:

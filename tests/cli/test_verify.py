@@ -119,6 +119,21 @@ def test_verify_reads_nothing_if_one_path_is_wrong(run: Path, llmtailor: Command
     assert "no such checkpoint or run" in result.stderr
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_verify_of_a_run_tells_what_it_passes_over(
+    half_checkpoint: Path, llmtailor: Command, options: list[str]
+) -> None:
+    run = half_checkpoint.parent
+    result = llmtailor("verify", run, run / "checkpoint-2", run, *options)
+    expected = f"passed over: {half_checkpoint}, no tailor.json: another tool's, or half a checkpoint\n"
+    assert result.stderr == expected
+    assert str(half_checkpoint) not in result.stdout
+
+
+def test_verify_of_a_whole_run_passes_over_nothing(run: Path, llmtailor: Command) -> None:
+    assert llmtailor("verify", run).stderr == ""
+
+
 def test_verify_of_half_a_checkpoint(half_checkpoint: Path, llmtailor: Command) -> None:
     assert "no tailor.json" in llmtailor("verify", half_checkpoint, exit_code=3).stderr
 

@@ -173,7 +173,7 @@ def test_links_across_devices_become_copies(mounts: Mounts) -> None:
     first = save_fake(source, 10)
     source.close()
     run = RunDirectory(other / "b")
-    with pytest.warns(LinkFallbackWarning, match=r"a copy was made.*and their time"):
+    with pytest.warns(LinkFallbackWarning, match=r"copies were made.*and their time"):
         second = save_fake(run, 20, parent=first, layers={"norm"})
     assert verify_checkpoint(second.path).is_good
     works(run, second)
@@ -185,7 +185,7 @@ def test_refused_links_become_copies(tmp_path: Path, number: int) -> None:
     first = save_fake(run, 10)
     with pytest.warns(LinkFallbackWarning) as warned:
         second = save_fake(run, 20, parent=first, layers={"norm"})
-    assert len(warned) == 6
+    assert len(warned) == 1
     assert verify_checkpoint(second.path).is_good
     for record in first.manifest.all_files:
         assert (first.path / record.path).stat().st_nlink == 1

@@ -106,6 +106,30 @@ def test_optimizer_state_that_codes_need_stays(tmp_path: Path) -> None:
     assert saves[-1].disk_nbytes == pytest.approx(disk_nbytes(tmp_path / "run"), rel=0.01)
 
 
+@pytest.mark.parametrize("rest", ["compact", "compact4"])
+def test_optimizer_state_that_codes_of_state_alone_need_goes(rest: str, tmp_path: Path) -> None:
+    # bfloat16 weights without masters lie in the weights file as they are.
+    keep = Keep(limit=4, optimizer=1)
+    train(tmp_path / "run", build("llama").bfloat16(), strategy="parity", rest=rest, keep=keep)
+    tensors = tensors_of("llama", tmp_path)
+    layers = measure_layers(tensors, Training(precision="bf16"), rest=parse_rest(rest))
+    schedule = Schedule(steps=NUM_SAVES, every=1, keep=keep)
+    saves = simulate(parse_strategy("parity"), layers, schedule, is_coded=True)
+    assert saves[-1].disk_nbytes == pytest.approx(disk_nbytes(tmp_path / "run"), rel=0.01)
+
+
+@pytest.mark.parametrize("strategy", ['top_k(1, by="drift")', "monitored(0.00001, end=1e-6)"])
+def test_frozen_layers_are_left_out_as_in_a_real_run(strategy: str, tmp_path: Path) -> None:
+    model = build("llama")
+    for fqn, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in fqn for part in (".layers.2.", ".layers.3.", "lm_head")))
+    manifests = train(tmp_path / "run", model, strategy=strategy)
+    training = Training(precision="fp32", trainable=("*.layers.2.*", "*.layers.3.*", "lm_head.*"))
+    saves = simulate(parse_strategy(strategy), measure_layers(tensors_of("llama", tmp_path), training), EVERY_STEP)
+    assert [save.written_nbytes for save in saves] == [written_nbytes(manifest) for manifest in manifests]
+    assert saves[1].num_exact == 6  # of 7: layers.1 is frozen
+
+
 def layer(name: str, *, nbytes: int = 100, numel: int = 10, kind: LayerKind = LayerKind.BLOCK) -> LayerSize:
     index = int(name.rpartition(".")[2]) if kind is LayerKind.BLOCK else None
     return LayerSize(
@@ -196,6 +220,8 @@ def test_drift_is_assumed_to_grow_with_age_and_importance_with_its_square() -> N
     assert large.importance == pytest.approx(10 * (young.importance or 0))
     assert (old.update, old.rate) == (young.update, young.rate)
     assert assume_drift(age=100, numel=1, per_step=0.001).relative == pytest.approx(0.1)
+    frozen = assume_drift(age=10, numel=0)
+    assert (frozen.relative, frozen.importance, frozen.update, frozen.rate) == (0, 0, 0, 0)
 
 
 def test_layers_move_as_assumed_since_they_were_saved() -> None:

@@ -260,11 +260,26 @@ def exhausting_programs() -> dict[str, bytes]:
     """Instructions that make as many objects as they can; it takes seconds until they are stopped."""
     return {
         "many_objects": b"(" + b"\x8f" * 2_000_000 + b"t",
-        "many_names": b"(" + b"ctorch\nload\n" * 2_000_000 + b"t",
         "many_marks": b"(" * 4_000_000,
-        "many_lists": b"(" + b"]" * 1_100_000 + b"t",
-        "many_instructions": b"(" + b"N" * 5_000_001 + b"t",
+        "many_lists": b"(" + b"]" * 1_300_000 + b"t",
+        "many_tuples": b"(" + b"N\x85" * 1_600_000 + b"t",
+        "many_memos": b"N" + b"\x94" * 2_200_000,
     }
+
+
+def copying_programs() -> dict[str, bytes]:
+    """Small pickles that ask for a copy of one large thing, again and again, by its number in the memo."""
+    numbers = b"(" + b"".join(struct.pack("<cH", b"M", n) for n in range(2**16))
+    many = 5000
+    return {
+        "sets": b"(cbuiltins\nset\nq\x00]q\x01" + numbers + b"e" + b"h\x00h\x01\x85R" * many + b"t",
+        "no_sets": b"(cbuiltins\nset\nq\x00]q\x01" + numbers + b")\x85e" + b"h\x00h\x01\x85R" * many + b"t",
+        "sizes": b"(ctorch\nSize\nq\x00" + numbers + b"tq\x01" + b"h\x00h\x01\x85R" * many + b"t",
+        "texts": b"(c_codecs\nencode\nq\x00" + text("a" * 2**18) + b"q\x01" + text("latin1") + b"q\x02"
+        + b"h\x00h\x01h\x02\x86R" * many + b"t",
+        "no_tensors": b"(ctorch._tensor\n_rebuild_from_type_v2\nq\x00ctorch\nTensor\nq\x01ctorch\nSize\nq\x02"
+        + numbers + b"t\x85q\x03" + b"h\x00(h\x02h\x01h\x03NtR" * many + b"t",
+    }  # fmt: skip
 
 
 def archives() -> dict[str, bytes]:

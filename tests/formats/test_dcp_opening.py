@@ -205,6 +205,41 @@ def test_opening_reads_no_tensor_but_samples_of_embeddings(tmp_path: Path) -> No
         _ = catalog.weights["model.norm.weight"].extents  # type: ignore[union-attr]
 
 
+# Weights alone
+
+
+@pytest.mark.parametrize(
+    "path", [LOOP, TIED, TITAN, TRAINER, TIED_FULL], ids=["loop", "tied", "titan", "trainer", "full"]
+)
+def test_weights_alone_are_those_of_the_whole(path: Path) -> None:
+    alone, whole = open_catalog(path, with_optimizer=False), open_dcp(path)
+    assert not alone.has_optimizer
+    assert not alone.states
+    assert alone.ties == whole.ties
+    assert alone.weights.keys() == whole.weights.keys()
+    assert differences(weights_of(alone), weights_of(whole)) == []
+
+
+def test_weights_alone_need_no_names_in_the_optimizer(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    path = save(tmp_path / "numbered", {"model": model.state_dict(), "optim": optimizer.state_dict()})
+    assert differences(weights_of(open_dcp(path, with_optimizer=False)), {**model.state_dict()}) == []
+
+
+def test_weights_alone_are_those_that_are_trained(tmp_path: Path) -> None:
+    weights = {"weight": torch.ones(2, 2)}
+    optimizer = {"state": {"weight": {"step": 1j}}, "param_groups": [{"params": ["weight"], "bounds": {1, 2}}]}
+    state = {"average": {"other": torch.zeros(2, 2)}, "net": weights, "optim": optimizer}
+    assert [*open_dcp(save(tmp_path / "two", state), with_optimizer=False).weights] == ["weight"]
+
+
+def test_equal_weights_that_are_trained_apart_are_not_tied_in_weights_alone(tmp_path: Path) -> None:
+    trained = ["embed_tokens.weight", "lm_head.weight"]
+    path = save_embeddings(tmp_path / "equal", torch.arange(600.0).view(30, 20), trained)
+    assert not open_dcp(path, with_optimizer=False).ties
+
+
 # What is missing
 
 

@@ -374,7 +374,7 @@ def stacked(catalog: Catalog, sources: Sequence[int]) -> Catalog:
 
 
 def test_configuration_says_how_many_blocks_the_new_model_has(llama: Catalog, tmp_path: Path) -> None:
-    written = write_checkpoint(plan_hf(stacked(llama, [0, 1, 1, 2, 2])), tmp_path / "out")
+    written = write_checkpoint(plan_hf(stacked(llama, [0, 1, 1, 2, 2]), num_blocks=5), tmp_path / "out")
 
     model, report = transformers.AutoModelForCausalLM.from_pretrained(written, output_loading_info=True)
     assert len(model.model.layers) == 5
@@ -382,6 +382,39 @@ def test_configuration_says_how_many_blocks_the_new_model_has(llama: Catalog, tm
     assert not report["unexpected_keys"]
     source = hf_stock.read_weights(LLAMA)
     assert torch.equal(model.model.layers[4].mlp.up_proj.weight, source["model.layers.2.mlp.up_proj.weight"])
+
+
+def test_blocks_that_the_configuration_does_not_count_stay_uncounted(llama: Catalog, tmp_path: Path) -> None:
+    # As hub models hold a block that predicts further tokens: numbered on after the others, with tensors of its own.
+    more = {
+        name.replace(".layers.2.", ".layers.3."): tensor
+        for name, tensor in llama.weights.items()
+        if ".layers.2." in name
+    }
+    more["model.layers.3.enorm.weight"] = llama.weights["model.norm.weight"]
+
+    plan = plan_hf(replace(llama, weights={**llama.weights, **more}), weights_only=True)
+
+    written = write_checkpoint(plan, tmp_path / "out")
+    assert (written / "config.json").read_bytes() == (LLAMA / "config.json").read_bytes()
+    assert hf_stock.read_weights(written).keys() == {*llama.weights, *more}
+    assert plan.notes == ("config.json says 3 blocks, and 4 are here: both stay as they are",)
+
+
+def test_depth_that_the_configuration_says_nowhere_is_left_to_the_reader(llama: Catalog, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"llm_config": {"num_hidden_layers": 3}}')
+    files = (SmallFile(name="config.json", path=path, nbytes=path.stat().st_size),)
+
+    plan = plan_hf(replace(stacked(llama, [0, 1]), files=files), num_blocks=2)
+
+    assert (write_checkpoint(plan, tmp_path / "out") / "config.json").read_bytes() == path.read_bytes()
+    assert plan.notes == ("config.json says nowhere how many blocks there are: write there 2",)
+
+
+def test_model_without_its_last_blocks_is_not_taken_for_one_of_another_depth(llama: Catalog) -> None:
+    with pytest.raises(IncompleteError, match="a llama model of 3 blocks"):
+        plan_hf(stacked(llama, [0, 1]), weights_only=True)
 
 
 def test_model_with_a_hole_is_not_written(llama: Catalog) -> None:
@@ -398,7 +431,7 @@ def test_other_number_of_blocks_of_several_kinds_is_refused(llama: Catalog, tmp_
     files = (SmallFile(name="config.json", path=path, nbytes=path.stat().st_size),)
 
     with pytest.raises(UnsupportedError, match="several kinds"):
-        plan_hf(replace(stacked(llama, [0, 1]), files=files))
+        plan_hf(replace(stacked(llama, [0, 1]), files=files), num_blocks=2)
 
 
 def test_entries_that_name_code_are_not_written(llama: Catalog, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from formats.hostile_files import (
     EVIDENCE,
     LEGACY_TENSOR,
     PROTO,
+    copying_programs,
     exhausting_programs,
     hostile_files,
     integer,
@@ -195,6 +196,21 @@ def test_file_that_asks_for_all_memory_is_stopped(name: str, tmp_path: Path) -> 
     assert watched["escaped"] == {}
     assert 0 < watched["nbytes"] < 450 * 2**20
     assert watched["slowest"] < 30
+
+
+def test_small_file_that_asks_for_copies_is_stopped(tmp_path: Path) -> None:
+    # Each is of 200 to 300 kB, and asks for copies of a gigabyte or more in all.
+    paths = []
+    for name, program in copying_programs().items():
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(torch_zip(program))
+        with pytest.raises(FormatError) as caught:
+            open_torch_file(paths[-1])
+        assert "too many" in caught.value.what or "shared beyond measure" in caught.value.what
+    watched = watch(paths, tmp_path)
+    assert watched["escaped"] == {}
+    assert watched["nbytes"] < 150 * 2**20
+    assert watched["slowest"] < 5
 
 
 def test_evidence_would_have_been_left(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from llmtailor.errors import StrategyIgnoredWarning
 from llmtailor.integrations.transformers import TailorMixin, tailor
 from llmtailor.verify import verify_checkpoint
 from tiny_models import (
+    ScriptedTrainer,
     StopAt,
     assert_same,
     build_llama,
@@ -265,6 +266,102 @@ def test_tailor_keeps_what_the_class_overrides(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-5/extra.txt").read_text() == "mine"
     assert "extra.txt" in {file.path for file in open_checkpoint(tmp_path / "checkpoint-5").manifest.files}
     assert "model.safetensors" not in os.listdir(tmp_path / "checkpoint-5")
+
+
+class Faithful(Trainer):
+    """Saves something beside what the Trainer saves, wherever it can, and restores it."""
+
+    restored: tuple[str, ...] = ()
+
+    def _note(self, directory: str | None, name: str) -> None:
+        assert directory is not None
+        (Path(directory) / f"{name}.txt").write_text(str(self.state.global_step))
+
+    def _restore(self, directory: str, name: str) -> None:
+        self.restored += (f"{name} {(Path(directory) / f'{name}.txt').read_text()}",)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self._note(output_dir, "model")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        self._note(output_dir, "optimizer")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore(resume_from_checkpoint, "model")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._restore(checkpoint, "optimizer")
+
+
+class MixedFaithful(TailorMixin, Faithful):
+    pass
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["tailor", "mixin"])
+def test_subclass_saves_and_restores_what_is_its_own(mixed: bool, tmp_path: Path) -> None:
+    def make(directory: Path, stop: int | None) -> Trainer:
+        options: dict[str, Any] = {"stop": stop, "max_steps": 10}
+        if mixed:
+            return build_trainer(directory, trainer_class=MixedFaithful, **options)
+        return tailor(build_trainer(directory, trainer_class=Faithful, **options))
+
+    resumed: Any = assert_resumes(make, tmp_path)
+    assert resumed.restored == ("model 5", "optimizer 5")
+    files = set(os.listdir(tmp_path / "run/checkpoint-10"))
+    assert {"model.txt", "optimizer.txt", "scheduler.pt"} <= files
+    assert not {"model.safetensors", "optimizer.pt"} & files
+    assert verify_checkpoint(tmp_path / "run/checkpoint-10").is_good
+
+
+def test_subclass_loads_the_best_model(tmp_path: Path) -> None:
+    class Telling(ScriptedTrainer):
+        bests: tuple[str, ...] = ()
+
+        def _load_best_model(self) -> None:
+            super()._load_best_model()
+            self.bests += (str(self.state.best_model_checkpoint),)
+
+    trainer = scripted_trainer(tmp_path, [1.0, 2.0])
+    trainer.__class__ = Telling
+    tailor(trainer).train()
+    assert trainer.bests == (str(tmp_path / "checkpoint-5"),)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-5")
+    assert_same(snapshot_model(loaded), snapshot_model(trainer.model))
+
+
+def test_subclass_that_does_not_load_the_optimizer_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Forgetful(Trainer):
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            pass
+
+    tailor(build_trainer(tmp_path, trainer_class=Forgetful, max_steps=10, stop=5)).train()
+    resumed = tailor(build_trainer(tmp_path, trainer_class=Forgetful, max_steps=10))
+    resumed.train(resume_from_checkpoint=True)
+    said = [record.getMessage() for record in caplog.records if "does not load" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(f"Forgetful does not load the optimizer of {tmp_path / 'checkpoint-5'}")
+
+
+def test_tailored_classes_are_trainers() -> None:
+    assert [each.__name__ for each in MixedFaithful.__mro__[:-1] if each.__module__ != "builtins"][-3:] == [
+        "Faithful",
+        "TrainerFloor",
+        "Trainer",
+    ]
+
+    class Plain(TailorMixin, Trainer):
+        pass
+
+    class Again(Plain):
+        pass
+
+    assert issubclass(Again, Trainer)
+    assert [each.__name__ for each in Again.__mro__].count("TrainerFloor") == 1
 
 
 def test_tailor_twice_changes_the_options(tmp_path: Path) -> None:

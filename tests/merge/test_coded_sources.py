@@ -26,6 +26,7 @@ from coded_checkpoints import (
     write_manifest,
 )
 from formats.simple_writer import load_ref
+from llmtailor.carried_files import PROVENANCE_NAME
 from llmtailor.checkpoint import open_checkpoint
 from llmtailor.codecs import BASE_KEY, CODES_KEY
 from llmtailor.errors import FormatError, IntegrityError, NotFoundError, TailorError
@@ -33,7 +34,6 @@ from llmtailor.formats import detect_format, open_catalog
 from llmtailor.integrations.transformers import tailor
 from llmtailor.manifest import digest_of
 from llmtailor.merging import plan_export
-from llmtailor.plan import PROVENANCE_NAME
 from llmtailor.recipe import parse_recipe
 from llmtailor.save_history import recipe_of_run
 from llmtailor.state_keys import state_key

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 import llmtailor
 from formats.simple_writer import load_ref, tensor_bytes
 from llmtailor.catalog import Catalog, StateRef
+from llmtailor.checkpoint import open_checkpoint
 from llmtailor.errors import IncompatibleError, UnsupportedError
 from llmtailor.formats import detect_format, open_catalog
+from llmtailor.load import plan_load, plan_model
 from llmtailor.manifest import digest_of
+from llmtailor.model_state import read_model
 from tensor_content import host_bytes
 
 DATA = Path(__file__).parent.parent / "compat" / "data"
@@ -101,3 +107,62 @@ EXPECTED_REFUSALS = {
     ("optimizer-class", "tailored"),
     ("weights-only", "deepspeed"),
 }
+
+
+class Normed(torch.nn.Module):
+    """Its blocks have buffers of floating point, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8)) for _ in range(2))
+        self.layers = torch.nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def new_training() -> tuple[Normed, torch.optim.Optimizer]:
+    model = Normed()
+    return model, torch.optim.AdamW(model.parameters())
+
+
+@pytest.fixture(scope="module")
+def with_buffers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Normed, Path]:
+    """A DCP checkpoint, whose names do not tell which tensors are buffers."""
+    torch.manual_seed(5)
+    model, optimizer = new_training()
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    path = tmp_path_factory.mktemp("buffers") / "step-1"
+    state = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+    with warnings.catch_warnings(action="ignore"):  # that it is one process
+        dcp.save(state, checkpoint_id=path, no_dist=True)
+    return model, path
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_checkpoint_that_does_not_tell_its_buffers_is_loaded(
+    with_buffers: tuple[Normed, Path], weights_only: bool, tmp_path: Path
+) -> None:
+    model, source = with_buffers
+    llmtailor.export(source, tmp_path / "checkpoint-1", to="tailored", weights_only=weights_only)
+    made, (resumed, optimizer) = open_checkpoint(tmp_path / "checkpoint-1"), new_training()
+    loaded = read_model(resumed)
+    (plan_model(made, loaded) if weights_only else plan_load(made, loaded, [optimizer])).fill()
+    assert model.state_dict().keys() == resumed.state_dict().keys()
+    assert all(torch.equal(value, resumed.state_dict()[fqn]) for fqn, value in model.state_dict().items())
+
+
+def test_what_an_optimizer_trained_is_no_buffer(with_buffers: tuple[Normed, Path], tmp_path: Path) -> None:
+    _, source = with_buffers
+    llmtailor.export(source, tmp_path / "checkpoint-1", to="tailored")
+    other = Normed()
+    for layer in other.layers:
+        weight = layer[0]._parameters.pop("weight")
+        layer[0].register_buffer("weight", weight.data)
+    with pytest.raises(IncompatibleError) as caught:
+        plan_model(open_checkpoint(tmp_path / "checkpoint-1"), read_model(other))
+    assert caught.value.kind == "other-model"
+    assert caught.value.fqn == "layers.0.0.weight"

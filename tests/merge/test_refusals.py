@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import llmtailor
 from formats.hostile_files import EVIDENCE, hostile_files
 from llmtailor.errors import IncompatibleError, InvalidInputError, TailorError
 from llmtailor.manifest import digest_of
+from tiny_models import build_llama
 
 DATA = Path(__file__).parent.parent / "compat" / "data"
 LLAMA = DATA / "transformers-5.23.0" / "llama"
@@ -263,3 +265,73 @@ def test_weights_and_optimizer_of_one_layer_from_two_checkpoints_are_refused(tmp
     assert "$.slices[5]" in str(caught.value)
     assert "$.pre_weights[0]" in str(caught.value)
     assert not (tmp_path / "merged").exists()
+
+
+def checkpoint_of(
+    directory: Path, optimizer: type[torch.optim.Optimizer], *, steps: int = 1, **options: object
+) -> Path:
+    """The last checkpoint of a training with an optimizer."""
+    model = build_llama(num_layers=2)
+    live = optimizer(model.parameters(), lr=1e-3, **options)
+    with llmtailor.Run(directory, model, live) as run:
+        for _ in range(steps):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            live.step()
+        run.save(max(steps, 1)).result()
+    return directory / f"checkpoint-{max(steps, 1)}"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "steps", "expected"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}, 1, "torch.optim.sgd.SGD with momentum_buffer"),
+        (torch.optim.SGD, {}, 1, "torch.optim.sgd.SGD"),
+        (torch.optim.AdamW, {"amsgrad": True}, 1, "torch.optim.adamw.AdamW with exp_avg, exp_avg_sq, max_exp_avg_sq"),
+        (torch.optim.Adagrad, {}, 0, "torch.optim.adagrad.Adagrad with sum"),
+    ],
+    ids=["momentum", "no-state", "other-leaves", "never-updated"],
+)
+def test_state_of_another_optimizer_than_that_of_state_from_is_refused(
+    optimizer: type[torch.optim.Optimizer], options: dict[str, object], steps: int, expected: str, tmp_path: Path
+) -> None:
+    base = checkpoint_of(tmp_path / "base", torch.optim.AdamW)
+    other = checkpoint_of(tmp_path / "other", optimizer, steps=steps, **options)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {base}\nstate_from: {other}\n")
+    with pytest.raises(IncompatibleError) as caught:
+        llmtailor.merge(recipe, tmp_path / "merged")
+    assert caught.value.kind == "other-optimizer"
+    assert expected in str(caught.value.expected)
+    assert "AdamW with exp_avg, exp_avg_sq" in str(caught.value.found)
+    assert not (tmp_path / "merged").exists()
+
+    llmtailor.merge(recipe, tmp_path / "weights", weights_only=True)
+
+
+def test_averages_of_adam_are_averages_of_adamw(tmp_path: Path) -> None:
+    base = checkpoint_of(tmp_path / "base", torch.optim.AdamW)
+    other = checkpoint_of(tmp_path / "other", torch.optim.Adam)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {base}\nstate_from: {other}\n")
+    plan = llmtailor.merge(recipe, tmp_path / "merged")
+    assert [each.name for each in plan.catalog.optimizers] == ["torch.optim.adam.Adam"]
+
+
+def test_two_optimizers_are_each_held_against_their_own(tmp_path: Path) -> None:
+    """Momentum of matrices, Adam's averages of the rest: parameter by parameter, not all against all."""
+    directories = [tmp_path / "base", tmp_path / "other"]
+    for directory in directories:
+        model = build_llama(num_layers=2)
+        matrices = [each for each in model.parameters() if each.ndim == 2]
+        rest = [each for each in model.parameters() if each.ndim != 2]
+        live = [torch.optim.SGD(matrices, lr=1e-3, momentum=0.9), torch.optim.AdamW(rest, lr=1e-3)]
+        with llmtailor.Run(directory, model, live) as run:
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            for each in live:
+                each.step()
+            run.save(1).result()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {directories[0]}/checkpoint-1\nstate_from: {directories[1]}/checkpoint-1\n")
+    assert len(llmtailor.merge(recipe, tmp_path / "merged").catalog.optimizers) == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from llmtailor.drift import LayerDrift
 from llmtailor.live_state import LiveLayers, LiveReader
-from llmtailor.monitor import Monitor
+from llmtailor.monitor import GradientNorms, Monitor
 from llmtailor.monitor.picks import NUM_PICKS, pick_entries
 from master_adamw import LEAF, MasterAdamW
 from tiny_models import VOCABULARY, build_llama, snapshot_model
@@ -255,3 +257,98 @@ def test_sums_of_parts_are_those_of_the_whole() -> None:
     alone = Monitor()
     alone.measure(alone.look(live), live, {}, add_up=keep)
     np.testing.assert_allclose(parts[0] + parts[1], parts[2], rtol=1e-6)
+
+
+class Experts(torch.nn.Module):
+    """Blocks whose experts are modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = (torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3)) for _ in range(2))
+        self.layers = torch.nn.ModuleList(blocks)
+        self.optimizer = adamw(self.parameters())
+        self.monitor, self._reader = Monitor(), LiveReader()
+
+    def step(self, *experts: int) -> None:
+        """Train those of each block; the others get no token."""
+        self.optimizer.zero_grad()
+        for layer in self.layers:
+            sum(layer[number](torch.ones(8)).square().sum() for number in experts).backward()  # type: ignore[union-attr, index]
+        self.optimizer.step()
+
+    def measure(self) -> LayerDrift:
+        live = self._reader.read(self, [self.optimizer])
+        return self.monitor.measure(self.monitor.look(live), live, {})["layers.0"]
+
+
+def test_an_expert_without_a_token_yet_makes_its_layer_no_mystery() -> None:
+    training = Experts()
+    training.step(0)
+    training.measure()
+    training.step(0)
+    found = training.measure()
+    moments = training.optimizer.state
+    used = [training.layers[0][0].weight, training.layers[0][0].bias]  # type: ignore[index]
+    assert found.importance is not None
+    assert found.importance > 0
+    assert found.rate is not None
+    assert found.momentum == pytest.approx(norm([moments[each]["exp_avg"] for each in used]), rel=1e-5)
+    # The next update is relative to all weights of the layer, also of experts that wait.
+    assert found.update == pytest.approx(
+        norm([_next_update(moments[each]) for each in used])
+        / norm([each.detach() for each in training.layers[0].parameters()]),
+        rel=1e-5,
+    )
+
+
+def _next_update(state: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    beta1, beta2 = ADAM["betas"]  # type: ignore[misc]
+    count = float(state["step"])
+    mean, square = (state[name].double() for name in ("exp_avg", "exp_avg_sq"))
+    return 1e-2 * (mean / (1 - beta1**count)) / ((square / (1 - beta2**count)).sqrt() + 1e-8)
+
+
+def test_an_expert_that_moved_and_has_no_state_is_a_mystery() -> None:
+    training = Experts()
+    training.step(0)
+    training.measure()
+    with torch.no_grad():
+        training.layers[0][2].weight.add_(1)  # type: ignore[index]
+    found = training.measure()
+    assert found.relative is not None
+    assert found.relative > 0
+    assert (found.importance, found.update, found.rate) == (None, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bits_are_looked_at_too(dtype: torch.dtype) -> None:
+    training = Experts()
+    weight = torch.nn.Parameter(torch.full((16, 16), 0.5).to(dtype), requires_grad=False)
+    training.layers[0].register_parameter("frozen", weight)
+    training.step(0, 1, 2)
+    training.measure()
+    assert training.measure().relative == 0
+    weight.data.copy_(torch.full((16, 16), 1.5))
+    found = training.measure()
+    others = norm([each.detach() for each in training.layers[0].parameters() if each is not weight])
+    assert found.relative == pytest.approx(16 / math.hypot(8, others), rel=1e-5)
+    assert found.importance is not None  # what is frozen has no say in what the optimizer tells
+
+
+def test_gradients_are_those_of_the_latest_step_and_hold_no_model() -> None:
+    norms = GradientNorms()
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    for each in weights:
+        each.grad = torch.full((3,), 2.0)
+    norms.note(optimizer)
+    named = [(str(number), each) for number, each in enumerate(weights)]
+    assert norms.squares(named) == {"0": pytest.approx(12), "1": pytest.approx(12)}
+    weights[0].grad = None  # frozen since, or an expert without a token
+    norms.note(optimizer)
+    assert norms.squares(named) == {"1": pytest.approx(12)}
+    gone = weakref.ref(weights[1])
+    del weights, optimizer, named, each
+    gc.collect()
+    assert gone() is None

@@ -17,7 +17,7 @@ from llmtailor.drift_log import read_measurements
 from llmtailor.errors import IncompleteError, InvalidInputError, SaveFailedWarning, StaleWarning
 from llmtailor.integrations.transformers import tailor
 from llmtailor.monitor import DRIFT_NAME
-from llmtailor.recipe import flags_to_layers, read_flags
+from llmtailor.recipe import FlaggedSave, encode_flags, flags_to_layers, read_flags
 from llmtailor.strategies import SaveContext
 from tiny_models import VOCABULARY, build_llama, build_trainer
 
@@ -182,6 +182,29 @@ def test_the_monitored_policy_writes_the_log_of_the_original(tmp_path: Path) -> 
     Loop(tmp_path, strategy="monitored(0.1)", resume={"checkpoint": tmp_path / "checkpoint-4"}).train(6).close()
     again = read_flags((tmp_path / "flags.jsonl").read_bytes(), tmp_path)
     assert [save.step for save in again] == [2, 4, 6]  # the line of the branch that was left is gone
+
+
+def test_lines_of_the_log_are_parsed_again_only_if_somebody_changed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[int] = []
+
+    def count_lines(text: bytes, path: Path) -> tuple[FlaggedSave, ...]:
+        saves = read_flags(text, path)
+        parsed.append(len(saves))
+        return saves
+
+    monkeypatch.setattr("llmtailor.flag_log.read_flags", count_lines)
+    log = tmp_path / "flags.jsonl"
+    loop = Loop(tmp_path, strategy="monitored(0.1)").train(8)
+    loop.run._checkpointer.drain()
+    assert parsed == []
+    log.write_bytes(encode_flags(save for save in read_flags(log.read_bytes(), log) if save.step != 4))
+    loop.train(12).close()
+    assert parsed == [3]
+    assert [save.step for save in read_flags(log.read_bytes(), log)] == [2, 6, 8, 10, 12]
+    Loop(tmp_path, strategy="monitored(0.1)").train(14).close()  # a process of its own looks at all of it, once
+    assert parsed == [3, 5]
 
 
 def test_a_log_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ python lightning_trainings.py begin DIRECTORY CASE...     trains each case with 
 python lightning_trainings.py resume DIRECTORY CASE...    resumes each from last.ckpt and trains to the end
 python lightning_trainings.py reshard DIRECTORY CASE...   loads each, whatever the number of ranks was, in one process
 
+python lightning_trainings.py elsewhere DIRECTORY CASE... saves each by Lightning's own means, beside a run; goes on
+
 A case is ``<framework>-<strategy>``. Rank 0 writes digests of the gathered state, as JSON.
 """
 
@@ -172,11 +174,38 @@ def reshard(directory: Path, case: str) -> None:
     report(directory / f"{case}.resharded.json", module)
 
 
+def elsewhere(directory: Path, case: str) -> None:
+    """At step 5, between two checkpoints of the run; then two steps more, which save step 6."""
+    framework = case.split("-")[0]
+    module, path = Module(is_sharded=framework == "fsdp"), directory / f"{case}.ckpt"
+    trainer = make_trainer(framework, [*tailored(directory, case), SaveElsewhere(path)], directory, max_steps=5)
+    trainer.fit(module, make_loader())
+    write_truth(directory / f"{case}.saved.json", module, 5)
+    module = Module(is_sharded=framework == "fsdp")
+    trainer = make_trainer(framework, [*tailored(directory, case)], directory, max_steps=7)
+    trainer.fit(module, make_loader(), ckpt_path=path)
+    write_truth(directory / f"{case}.loaded.json", module, 5)
+
+
+class SaveElsewhere(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.truth[trainer.global_step] = pl_module.state()
+        trainer.save_checkpoint(self.path)
+
+
+def write_truth(path: Path, module: Module, step: int) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        path.write_text(json.dumps(module.truth[step]))
+
+
 def main() -> None:
     verb, directory, cases = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     warnings.simplefilter("ignore")
     for case in cases:
-        {"begin": begin, "resume": resume, "reshard": reshard}[verb](directory, case)
+        {"begin": begin, "resume": resume, "reshard": reshard, "elsewhere": elsewhere}[verb](directory, case)
     if dist.is_initialized():
         dist.barrier()
     if verb == "begin":

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from faults import memory_directory, staged_names
 from llmtailor.checkpoint import open_checkpoint
-from llmtailor.errors import WriteError
+from llmtailor.errors import TailorError, WriteError
 from llmtailor.storage import SharedCheckpoint
 from llmtailor.votes import Vote, encode_message
 from mounts import Mounts
@@ -23,6 +24,7 @@ from ranks.rank_threads import (
     NEVER,
     EmptyError,
     FullDisk,
+    Member,
     Team,
     check_next_save_works,
     kinds,
@@ -347,6 +349,49 @@ def test_layer_that_one_rank_lost_is_written_anew_by_all(run: Path, how: str) ->
         assert kinds(found.save(4)) == [None] * 3
         manifest = open_checkpoint(run / "checkpoint-4").manifest
         assert {layer.name: layer.step for layer in manifest.layers}[kept[0].name] == 4
+
+
+@pytest.mark.parametrize("rest", ["skip", "q8"])
+@pytest.mark.parametrize("spread_layers", [False, True])
+def test_all_layers_of_a_checkpoint_that_was_removed_are_written_by_the_second_save(
+    run: Path, rest: str, spread_layers: bool
+) -> None:
+    with team(
+        run, 3, strategy="parity", rest=rest, width=64, spread_layers=spread_layers, commit_timeout_secs=5.0
+    ) as found:
+        for step in (1, 2, 3):
+            assert kinds(found.save(step)) == [None] * 3
+        shutil.rmtree(run / "checkpoint-3")
+        outcomes = found.save(4)
+        assert "missing-file" in kinds(outcomes)
+        assert all(isinstance(each, Exception) for each in outcomes)
+        check_next_save_works(found, 5)
+        assert "the next save writes in full: " in "".join(str(each) for each in outcomes)
+
+
+def test_second_failure_in_a_row_is_a_write_error_whatever_stopped_the_save(run: Path) -> None:
+    with team(run, 2, strategy="parity", filesystems=[FullDisk(), FullDisk()], commit_timeout_secs=5.0) as found:
+        found.save(1)
+        found.save(2)
+        found.filesystems[0].is_full = True
+        found.save(3)
+        found.filesystems[0].is_full = False
+        shutil.rmtree(run / "checkpoint-2")
+        raised = [error for outcome in found.all(raised_by_two_saves) for error in outcome]  # type: ignore[union-attr]
+        assert [type(error) for error in raised] == [WriteError] * 2
+        assert "missing-file" in kinds(raised)
+
+
+def raised_by_two_saves(member: Member) -> list[TailorError]:
+    raised = []
+    for step in (4, 5):
+        member.train()
+        try:
+            member.begin_save(step)
+        except TailorError as err:
+            raised.append(err)
+        member.checkpointer.drain()
+    return raised
 
 
 def test_lost_layer_is_not_forgotten_by_those_who_missed_the_verdict(run: Path) -> None:

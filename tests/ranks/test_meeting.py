@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from faults import FaultyFileSystem, memory_directory
@@ -163,6 +164,19 @@ def test_error_of_one_rank_is_raised_on_all_that_meet(rank: int) -> None:
     assert together(3, lambda each: meetings[each].agree(Outcome())) == [None] * 3
     damages = together(3, lambda each: meetings[each].agree(Outcome(damage="torn" if each == rank else None)))
     assert damages == [f"rank {rank}: torn"] * 3
+
+
+def test_ranks_that_say_another_number_of_numbers_disagree_at_once() -> None:
+    """As ranks do that measure how the layers of different models move."""
+    mailbox = Mailbox()
+    meetings = [Meeting(Ranks(each, 3, lambda each=each: mailbox.connect(each))) for each in range(3)]
+    numbers = [np.arange(size, dtype=np.float32).tobytes() for size in (4, 4, 6)]
+    outcomes = together(3, lambda each: meetings[each].add_up(numbers[each], None, 60.0), timeout_secs=20.0)
+    assert kinds(outcomes) == ["ranks-disagree"] * 3
+    for outcome in outcomes:
+        assert "rank 2 (" in str(outcome)
+        assert "6 numbers" in str(outcome)
+    assert kinds(together(3, lambda each: meetings[each].add_up(numbers[0], None, 60.0))) == [None] * 3
 
 
 def test_rank_that_does_not_come_is_named_by_those_who_do(monkeypatch: pytest.MonkeyPatch) -> None:

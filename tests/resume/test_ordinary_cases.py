@@ -17,7 +17,7 @@ from torch import nn
 import llmtailor
 from faults import flip_bit
 from llmtailor import Run
-from llmtailor.errors import IntegrityError, InvalidInputError, QuarantineWarning, UnsupportedError
+from llmtailor.errors import IncompatibleError, IntegrityError, InvalidInputError, QuarantineWarning, UnsupportedError
 from llmtailor.integrations import small_files
 
 
@@ -153,6 +153,50 @@ def test_default_device_is_not_where_our_memory_is(tmp_path: Path, rest: str) ->
 
 
 # Optimizers and schedules
+
+
+class Adapted(nn.Module):
+    """Wrapped as by PEFT: a base that does not train, and an adapter that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.peft_config = {"default": None}
+        self.base = nn.Linear(4, 4).requires_grad_(False)
+        self.lora_A = nn.Linear(4, 4)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base
+
+    def save_pretrained(self, directory: Path) -> None: ...
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.lora_A(x)
+
+
+def test_optimizer_of_all_parameters_of_an_adapted_model(tmp_path: Path) -> None:
+    """As PEFT's guides write it; the base's are in its groups and never change."""
+    model = Adapted()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    with Run(tmp_path, model, optimizer) as run:
+        run.save(1)
+    again = Adapted()
+    other = torch.optim.AdamW(again.parameters())
+    with Run(tmp_path, again, other) as run:
+        assert run.resume() == 1
+    for parameter, same in zip(again.lora_A.parameters(), model.lora_A.parameters(), strict=True):
+        assert torch.equal(other.state[parameter]["exp_avg"], optimizer.state[same]["exp_avg"])
+
+
+def test_parameter_that_was_taken_out_of_the_model_and_not_of_the_optimizer_is_said(tmp_path: Path) -> None:
+    model, optimizer = build()
+    train(model, optimizer)
+    del model[1]
+    with Run(tmp_path, model, optimizer) as run, pytest.raises(IncompatibleError) as caught:
+        run.save(1)
+    assert "take out of its groups" in str(caught.value.hint)
 
 
 class Growing(torch.optim.SGD):

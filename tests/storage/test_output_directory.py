@@ -301,20 +301,32 @@ def test_a_link_is_a_second_name(tmp_path: Path, source: Path) -> None:
 def test_a_file_that_somebody_may_change_is_not_linked(tmp_path: Path, source: Path, mode: int) -> None:
     source.chmod(mode)
     output = new_output(tmp_path / "target")
-    with pytest.warns(LinkFallbackWarning):
-        assert not output.link("linked", source, 4)
+    assert not output.link("linked", source, 4)
     fill(output, "linked", b"copy")
-    output.publish()
+    with pytest.warns(LinkFallbackWarning, match="changed in place"):
+        output.publish()
     assert (tmp_path / "target" / "linked").read_bytes() == b"copy"
 
 
 def test_a_link_that_is_refused_may_be_a_copy(tmp_path: Path, source: Path) -> None:
     filesystem: Any = FaultyFileSystem(refused={"link": errno.EXDEV})
     output = new_output(tmp_path / "target", filesystem)
-    with pytest.warns(LinkFallbackWarning, match="cross-device"):
-        assert not output.link("linked", source, 4)
+    assert not output.link("linked", source, 4)
     fill(output, "linked", b"copy")
-    output.publish()
+    with pytest.warns(LinkFallbackWarning, match="cross-device") as warned:
+        output.publish()
+    assert [str(each.message).split(":")[0] for each in warned] == [f"no hard link to {source}"]
+
+
+def test_links_that_are_refused_are_one_warning(tmp_path: Path, source: Path) -> None:
+    filesystem: Any = FaultyFileSystem(refused={"link": errno.EXDEV})
+    output = new_output(tmp_path / "target", filesystem)
+    for name in ("a", "b", "c"):
+        assert not output.link(name, source, 4)
+        fill(output, name, b"copy")
+    with pytest.warns(LinkFallbackWarning, match=r"to 3 files, such as .*cross-device.* up to 12 bytes") as warned:
+        output.publish()
+    assert len(warned) == 1
 
 
 def test_a_link_to_another_file_than_planned_is_refused(tmp_path: Path, source: Path) -> None:

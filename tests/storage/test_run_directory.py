@@ -12,6 +12,7 @@ import pytest
 from faults import LAYERS, Fault, FaultyFileSystem, save_fake, staged_names
 from llmtailor.errors import LockedError, NotFoundError, SupersededWarning, WriteError
 from llmtailor.storage import LocalFileSystem, RunDirectory, list_checkpoints, newest_step_seen
+from llmtailor.storage import run_directory as run_directory_module
 from llmtailor.verify import verify_checkpoint
 
 
@@ -234,6 +235,19 @@ def test_first_save_sets_the_run_before_aside(run: RunDirectory) -> None:
     assert verify_checkpoint(run.path / "_checkpoint-30.superseded").is_good
 
 
+def test_a_run_stays_where_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever trains may go to another directory, while a save is in flight too."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(Path("run"))
+    first = save_fake(run, 10)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    save_fake(run, 20, parent=first, layers={"norm"})
+    run.close()
+    assert [entry.step for entry in list_checkpoints(tmp_path / "run")] == [10, 20]
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
 def test_save_behind_sets_the_abandoned_branch_aside(run: RunDirectory) -> None:
     first = save_fake(run, 10)
     second = save_fake(run, 20, parent=first, layers={"norm"})
@@ -257,6 +271,17 @@ def test_save_ahead_supersedes_nothing(run: RunDirectory) -> None:
         warnings.simplefilter("error")
         save_fake(run, 20, parent=first, layers={"norm"})
     assert names(run) == ["checkpoint-10", "checkpoint-20"]
+
+
+def test_save_ahead_looks_at_no_earlier_checkpoint(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that keeps thousands would pay for each of them at every save."""
+    first = save_fake(run, 10)
+    looked: list[Path] = []
+    look = run_directory_module._is
+    monkeypatch.setattr(run_directory_module, "_is", lambda kind, path: looked.append(path) or look(kind, path))
+    save_fake(run, 20, parent=first, layers={"norm"})
+    assert looked == []
+    assert [entry.step for entry in list_checkpoints(run.path, first_step=11)] == [20]
 
 
 def test_directory_of_another_tool_under_the_same_name_is_set_aside(run: RunDirectory) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from faults import FaultyFileSystem, open_descriptors, save_fake, staged_names
-from llmtailor.errors import AlreadyExistsError, IntegrityError, NotFoundError, WriteError
+from llmtailor.errors import AlreadyExistsError, IntegrityError, LinkFallbackWarning, NotFoundError, WriteError
 from llmtailor.manifest import MANIFEST_NAME, FileRecord, digest_of
-from llmtailor.storage import ALIGNMENT, RunDirectory, StagedCheckpoint, pad, staging
+from llmtailor.storage import ALIGNMENT, LocalFileSystem, RunDirectory, StagedCheckpoint, pad, staging
 from llmtailor.storage.staging import translate_os_errors
 
 
@@ -331,6 +331,50 @@ def test_publish_needs_a_free_name(run: RunDirectory) -> None:
         staged.publish()
     staged.abandon()
     assert list((run.path / "checkpoint-10").iterdir()) == []
+
+
+def test_forked_child_does_not_keep_the_files_open(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a data loader lives long: it would keep the space of a checkpoint that was removed."""
+    is_syncing, may_end = threading.Event(), threading.Event()
+
+    def fsync(filesystem: LocalFileSystem, descriptor: int) -> None:
+        is_syncing.set()
+        assert may_end.wait(60)
+
+    staged = run.stage(10, 0, 0)
+    staged.create_file("begun", 1)
+    monkeypatch.setattr(staging, "_MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(LocalFileSystem, "fsync", fsync)
+    syncing = threading.Thread(target=staged.create_file("syncing", 0).finish, args=(digest_of(b""),))
+    syncing.start()
+    assert is_syncing.wait(60)
+    child = os.fork()
+    if not child:
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        held = [os.readlink(link) for link in links if os.path.lexists(link)]
+        os._exit(sum(name.startswith(str(run.path)) for name in held))
+    may_end.set()
+    syncing.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "files of the run are open in the child"
+    staged.seal(b"{}")
+    staged.publish()
+
+
+def test_refused_links_are_told_of_once_a_run(tmp_path: Path) -> None:
+    told: list[Warning] = []
+    filesystem: Any = FaultyFileSystem(refused={"link": errno.EPERM})
+    run = RunDirectory(tmp_path / "run", filesystem, on_warning=told.append)
+    first = save_fake(run, 10)
+    save_fake(run, 20, parent=first, layers={"norm"})
+    save_fake(run, 30, parent=first, layers={"norm"})
+    filesystem._refused = {"link": errno.EMLINK}
+    save_fake(run, 40, parent=first, layers={"norm"})
+    run.close()
+    assert [type(each) for each in told] == [LinkFallbackWarning] * 2, "one for each reason"
+    linked = [file for layer in first.manifest.layers if layer.name != "norm" for file in layer.files]
+    assert "Operation not permitted" in str(told[0])
+    assert f" {sum(file.bytes for file in linked)} bytes" in str(told[0])
+    assert "Too many links" in str(told[1])
 
 
 def test_abandon_may_come_twice_and_after_publish(run: RunDirectory) -> None:

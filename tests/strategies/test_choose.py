@@ -286,3 +286,32 @@ def test_filter_covers_every_layer_within_two_rounds(
 ) -> None:
     rounds = (select(strategy, layers, save_index + i) for i in range(2 * strategy.every))
     assert set().union(*rounds) == {layer.name for layer in layers}
+
+
+class Compared(str):
+    """A name that counts how often it is compared."""
+
+    count = 0
+
+    def __eq__(self, other: object) -> bool:
+        Compared.count += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_a_model_of_thousands_of_layers_is_not_searched_for_each_of_them() -> None:
+    # Experts that are layers of their own: 15,000 of them.
+    layers = [make_layer(Compared(f"experts.{index}")) for index in range(500)]
+    Compared.count = 0
+    choose_layers(Full(), SaveContext(step=1, save_index=0, layers=tuple(layers)))
+    assert Compared.count < 10 * len(layers)
+
+
+def test_what_is_no_name_at_all_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"\['norm'\]") as caught:
+        choose_layers(
+            Custom(lambda context: [["norm"]]),  # type: ignore[list-item]
+            SaveContext(step=1, save_index=0, layers=make_model(2)),
+        )
+    assert caught.value.kind == "unknown-layer"

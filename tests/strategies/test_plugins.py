@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmtailor.errors import InvalidInputError
-from llmtailor.strategies import Parity, parse_strategy
+from llmtailor.strategies import Parity, choose_layers, parse_strategy
+from strategies.made_up_runs import context_of, make_blocks, moved
 
 MODULE = """
 from dataclasses import dataclass, field
@@ -35,6 +36,16 @@ class Mine(Strategy):
 
 class Undecorated(Mine):
     pass
+
+@dataclass(frozen=True)
+class Boundless(Strategy):
+    text = "boundless()"
+    def select(self, context):
+        return frozenset()
+
+@dataclass(frozen=True)
+class Bounded(Boundless):
+    max_age: int
 
 @dataclass
 class Fluid(Mine.__base__):
@@ -75,6 +86,21 @@ def test_plugin_is_found_by_its_name(install: Install, text: str) -> None:
     strategy = parse_strategy(text)
     assert (type(strategy).__name__, strategy.text) == ("Mine", "mine(k=3)")
     assert parse_strategy(strategy.text).text == strategy.text
+
+
+def test_plugin_without_max_age_bounds_no_age(install: Install) -> None:
+    install(mine="Boundless")
+    layers = make_blocks(moved(), moved(), saved=0)
+    choices = choose_layers(parse_strategy("mine"), context_of(layers, step=10**6, previous=10))
+    assert [choice.reason for choice in choices] == ["kept", "kept"]
+
+
+def test_max_age_of_a_plugin_may_be_an_argument_that_has_to_be_given(install: Install) -> None:
+    install(mine="Bounded")
+    with pytest.raises(InvalidInputError, match="needs an argument: max_age"):
+        parse_strategy("mine")
+    choices = choose_layers(parse_strategy("mine(max_age=9)"), context_of(make_blocks(moved()), step=10, previous=9))
+    assert [choice.reason for choice in choices] == ["max age"]
 
 
 def test_plugin_is_imported_when_it_is_used(install: Install) -> None:

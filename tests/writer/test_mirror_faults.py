@@ -285,7 +285,7 @@ def test_mirror_without_hard_links_holds_copies_and_says_so(saved: list[Path], t
     mirror.close()
     check_good(tmp_path, [1, 2, 3])
     assert_same_checkpoint(tmp_path / "checkpoint-3", saved[2])
-    assert "a copy was made" in str(warnings[0])
+    assert "copies were made" in str(warnings[0])
 
 
 def test_file_system_that_is_really_full(saved: list[Path], mounts: Mounts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import itertools
 import mmap
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from faults import Fault, FaultyFileSystem, new_tree, open_descriptors, staged_names
 from llmtailor.errors import SaveFailedWarning, SupersededWarning, TailorError, WriteError
@@ -288,6 +290,39 @@ def test_a_disk_that_stays_broken_stops_saving_and_not_training(fast_directory: 
     training.check(training.save().result())
     training.check(training.directory / f"checkpoint-{training.step - 1}")
     training.close()
+
+
+@pytest.mark.parametrize("operation", ["fsync", "create"])
+@pytest.mark.filterwarnings("ignore::llmtailor.errors.SaveFailedWarning")
+def test_failed_saves_keep_nothing_of_the_state(
+    fast_directory: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """However many there are, and whoever keeps their handles."""
+    training = Training(directory=fast_directory / "run")
+    training.model.register_buffer("mark", torch.zeros(3, 77))
+    training.train()
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def count_copies() -> int:
+        training.checkpointer.drain()
+        training.states.clear()
+        gc.collect()
+        found = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape == (3, 77)]
+        return len(found)
+
+    monkeypatch.setattr(LocalFileSystem, operation, fail)
+    kept = training.save()
+    most = count_copies()
+    for _ in range(6):
+        training.train()
+        with contextlib.suppress(WriteError):
+            training.save()
+    assert count_copies() <= most
+    assert kept.error is not None
+    with pytest.raises(WriteError):
+        training.close()
 
 
 def test_no_thread_can_be_started(fast_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

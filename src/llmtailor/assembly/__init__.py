@@ -3,6 +3,7 @@
 CheckpointPlan --segments--> chunks of files --transfer--> filled, summed, written --execute--> published
 """
 
-from .execute import execute
+from .execute import execute, read_paths
+from .published import check_published
 
-__all__ = ["execute"]
+__all__ = ["check_published", "execute", "read_paths"]

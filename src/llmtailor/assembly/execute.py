@@ -26,7 +26,7 @@ from .arithmetic import check_arithmetic
 from .sources import SourceFiles
 from .transfer import CHUNK_NBYTES, Transfer
 
-__all__ = ["execute"]
+__all__ = ["execute", "read_paths"]
 
 # More do not make a disk faster, and each holds 16 MB.
 _NUM_THREADS = 4
@@ -175,6 +175,16 @@ def _is_inside(name: str) -> bool:
 
 def _inspect(files: Sequence[FilePlan], sources: SourceFiles) -> None:
     """See to it that all that will be read is there, and all that will be computed can be."""
+    for path, nbytes in read_paths(files).items():
+        sources.inspect(path, nbytes)
+
+
+def read_paths(files: Sequence[FilePlan]) -> dict[Path, int]:
+    """Which files are read for new ones, and how far.
+
+    Raises:
+        UnsupportedError: Arithmetic on integers was planned.
+    """
     needed: dict[Path, int] = {}
     seen: set[int] = set()
     for part in (part for file in files for part in file.parts):
@@ -186,8 +196,7 @@ def _inspect(files: Sequence[FilePlan], sources: SourceFiles) -> None:
             check_arithmetic(part.tensor)
             for path, end in _ends(part.tensor):
                 needed[path] = max(needed.get(path, 0), end)
-    for path, nbytes in needed.items():
-        sources.inspect(path, nbytes)
+    return needed
 
 
 def _ends(tensor: TensorRef) -> Iterator[tuple[Path, int]]:

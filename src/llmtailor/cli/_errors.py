@@ -42,9 +42,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
-            # Here and not when the interpreter ends, where a closed pipe could no longer be handled.
-            sys.stdout.flush()
+            _run(lambda: command(*args, **kwargs))
         except typer.Exit:
             raise
         except KeyboardInterrupt:
@@ -59,12 +57,30 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     return wrapper
 
 
+def _run(command: Callable[[], None]) -> None:
+    """Run it and flush stdout: not when the interpreter ends, where a closed pipe could no longer be handled."""
+    try:
+        command()
+    except typer.Exit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+
+
 def _report(err: Exception, *, as_json: bool) -> int:
+    """Tell an error and return the exit code. That stdout takes nothing any more may be the very error."""
     exit_code, fields, text = _describe(err)
     sys.stderr.write(f"error: {printable(text, keep_lines=True)}\n")
-    if as_json:
-        record = {"error": {**fields, "type": type(err).__name__, "exit_code": exit_code}}
-        sys.stdout.write(json.dumps(record, indent=2, default=str) + "\n")
+    try:
+        if as_json:
+            record = {"error": {**fields, "type": type(err).__name__, "exit_code": exit_code}}
+            sys.stdout.write(json.dumps(record, indent=2, default=str) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+        return _EXIT_BROKEN_PIPE
+    except OSError:
+        _forget_stdout()  # what was wrong is on stderr
     return exit_code
 
 

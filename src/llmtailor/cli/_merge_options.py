@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ..merging import MergeOptions
 
 __all__ = [
+    "OPTION_NAMES",
     "CopyTokenizer",
     "DType",
     "DTypeName",
@@ -25,6 +27,8 @@ __all__ = [
     "WeightsOnly",
     "ZeroStage",
     "build_options",
+    "check_recipe_path",
+    "given_options",
     "read_parameter_names",
 ]
 
@@ -93,6 +97,19 @@ ParameterNames = Annotated[
     ),
 ]
 
+# Field of MergeOptions -> what changes it here.
+OPTION_NAMES = {
+    "to": "--to",
+    "weights_only": "--weights-only",
+    "dtype": "--dtype",
+    "shard_nbytes": "--out-shard-size",
+    "copy_tokenizer": "--no-copy-tokenizer",
+    "ranks": "--ranks",
+    "zero_stage": "--zero-stage",
+    "own_steps": "--own-steps",
+    "parameter_names": "--parameter-names",
+}
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(K|M|B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
 _BYTES = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
@@ -119,9 +136,47 @@ def _parse_shard_size(text: str | None) -> int | None:
         nbytes = int(number * (_BYTES[unit] if unit in _BYTES else _PARAMETERS[unit] * _PARAMETER_NBYTES))
     if nbytes <= 0:
         raise InvalidInputError(
-            "not a size of a weights file", kind="shard-size", expected="5GB, 500MB, 2GiB, or 5B parameters", found=text
+            "not a size of a weights file",
+            kind="shard-size",
+            expected="5GB, 500MB, 2GiB, or 5B parameters",
+            found=text,
+            hint="give --out-shard-size a number and a unit",
         )
     return nbytes
+
+
+def given_options(options: MergeOptions) -> list[str]:
+    """Those that are not as they are without being given, by the names they have here."""
+    default = type(options)()
+    return [name for field, name in OPTION_NAMES.items() if getattr(options, field) != getattr(default, field)]
+
+
+def check_recipe_path(path: Path) -> None:
+    """See to it that a recipe can be there.
+
+    Raises:
+        InvalidInputError: A directory is, or nothing.
+    """
+    from ..errors import InvalidInputError
+
+    if path.is_dir():
+        raise InvalidInputError(
+            "a directory is no recipe",
+            kind="recipe-file",
+            path=path,
+            expected="a YAML file",
+            found="a directory",
+            hint=f"llmtailor plan {path} -o recipe.yaml writes one for a run; llmtailor export takes one checkpoint",
+        )
+    if not os.path.lexists(path):
+        raise InvalidInputError(
+            "cannot read the recipe: there is none",
+            kind="recipe-file",
+            path=path,
+            expected="a YAML file",
+            found="nothing",
+            hint="check the path; llmtailor plan <run> -o recipe.yaml writes one",
+        )
 
 
 def read_parameter_names(path: Path | None) -> tuple[str, ...] | None:
@@ -138,7 +193,12 @@ def read_parameter_names(path: Path | None) -> tuple[str, ...] | None:
         return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as err:
         raise InvalidInputError(
-            "cannot read the list of parameter names", kind="names-file", path=path, found=str(err)
+            "cannot read the list of parameter names",
+            kind="names-file",
+            path=path,
+            expected="a text file, one name a line",
+            found=err.strerror if isinstance(err, OSError) else str(err),
+            hint="check the path given with --parameter-names",
         ) from err
 
 

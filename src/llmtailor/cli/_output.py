@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -19,13 +21,14 @@ if TYPE_CHECKING:
     from ..manifest import FileRecord
     from ..reports.report import Report
 
-__all__ = ["AsJson", "IsQuiet", "Output"]
+__all__ = ["AsJson", "IsQuiet", "Output", "collect_warnings"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 IsQuiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print paths alone, one a line.")]
 
-# No terminal, no need to fold or cut: whoever reads a pipe wants whole lines.
-_PIPE_WIDTH = 10_000
+# Wide enough that nothing is folded or cut.
+_UNBOUNDED_WIDTH = 10_000
+_LINE_END = re.compile(r"(?: |\x1b\[[\d;]*m)+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +74,46 @@ class Output:
         return nullcontext(lambda nbytes: None) if self.is_quiet else show_bytes(what, lambda: total_nbytes)
 
 
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Warnings of ours, as text for a report; all others are shown as ever."""
+    from ..errors import TailorWarning
+
+    texts: list[str] = []
+    show = warnings.showwarning
+
+    def collect(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, TailorWarning):
+            texts.append(str(message))
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TailorWarning)
+        warnings.showwarning = collect
+        yield texts
+
+
 def _print_tables(report: Report) -> None:
     from rich.console import Console
+    from rich.table import Table
 
-    is_terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, width=None if is_terminal else _PIPE_WIDTH, highlight=False, emoji=False)
-    if is_terminal:
-        console.print(*report.tables(), sep="\n")
-        return
-    with console.capture() as captured:
-        console.print(*report.tables(), sep="\n")
-    # Cells are filled up with spaces, which nobody wants at the end of a line.
-    sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+    # A table that is wider than the terminal is left to the terminal to wrap: to make it fit, whole columns are cut.
+    # Whoever reads a pipe wants whole lines of text, too.
+    wide = Console(file=sys.stdout, width=_UNBOUNDED_WIDTH, highlight=False, emoji=False)
+    texts = Console(file=sys.stdout, highlight=False, emoji=False) if sys.stdout.isatty() else wide
+    for each in report.tables():
+        console = wide if isinstance(each, Table) else texts
+        with console.capture() as captured:
+            console.print(each)
+        # Cells are filled up with spaces, which nobody wants at the end of a line, where they may be in bold type.
+        sys.stdout.writelines(
+            _LINE_END.sub(lambda end: end[0].replace(" ", ""), line) + "\n" for line in captured.get().splitlines()
+        )

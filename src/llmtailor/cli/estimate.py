@@ -165,6 +165,7 @@ def _parse_bandwidth(text: str) -> int:
             kind="bandwidth",
             expected="bytes a second, as in 2GB/s or 500MB/s",
             found=repr(text),
+            hint="give --bandwidth a number and a unit",
         )
     return nbytes
 

@@ -19,7 +19,7 @@ from ._merge_options import (
     ZeroStage,
     build_options,
 )
-from ._output import AsJson, IsQuiet, Output
+from ._output import AsJson, IsQuiet, Output, collect_warnings
 
 __all__ = ["export"]
 
@@ -68,6 +68,6 @@ def export(
     if is_dry_run:
         out.show(Merging(plan))
         return
-    with out.byte_progress("export", plan.nbytes) as on_bytes:
+    with out.byte_progress("export", plan.work_nbytes) as on_bytes, collect_warnings() as warned:
         write_merge(plan, output, on_bytes=on_bytes)
-    out.show(Merging(plan, output, time.monotonic() - begin))
+    out.show(Merging(plan, output, time.monotonic() - begin, tuple(warned)))

@@ -30,6 +30,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # In frames, help is cut to the width of the terminal, names of options included.
+    rich_markup_mode=None,
 )
 
 for _command in (ls, show, verify, diff, estimate, plan, merge, export, prune, demo):

@@ -18,8 +18,9 @@ from ._merge_options import (
     WeightsOnly,
     ZeroStage,
     build_options,
+    check_recipe_path,
 )
-from ._output import AsJson, IsQuiet, Output
+from ._output import AsJson, IsQuiet, Output, collect_warnings
 
 __all__ = ["merge"]
 
@@ -53,6 +54,7 @@ def merge(
 
     out = Output(as_json=as_json, is_quiet=is_quiet)
     begin = time.monotonic()
+    check_recipe_path(recipe)
     options = build_options(
         to=to,
         weights_only=weights_only,
@@ -68,6 +70,6 @@ def merge(
         out.show(Merging(plan_merge(read_recipe(recipe), options)))
         return
     with open_plan(recipe, output, options) as plan:
-        with out.byte_progress("merge", plan.nbytes) as on_bytes:
+        with out.byte_progress("merge", plan.work_nbytes) as on_bytes, collect_warnings() as warned:
             write_merge(plan, output, on_bytes=on_bytes)
-        out.show(Merging(plan, output, time.monotonic() - begin))
+        out.show(Merging(plan, output, time.monotonic() - begin, tuple(warned)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ._merge_options import (
+    OPTION_NAMES,
     CopyTokenizer,
     DType,
     OwnSteps,
@@ -18,6 +20,8 @@ from ._merge_options import (
     WeightsOnly,
     ZeroStage,
     build_options,
+    check_recipe_path,
+    given_options,
 )
 from ._output import AsJson, IsQuiet, Output
 
@@ -65,13 +69,11 @@ def plan(
 
     Reads names, places and step counts of the sources; no tensor.
     """
-    out = Output(as_json=as_json, is_quiet=is_quiet)
-    if target.is_dir():
-        _write_recipe(target, step, flags, default, recipe_path, out)
-        return
     from ..merging import plan_merge, read_recipe
     from ..reports.merging import Merging
 
+    out = Output(as_json=as_json, is_quiet=is_quiet)
+    of_run = {"--step": step, "--flags": flags, "--default": default, "--output": recipe_path}
     options = build_options(
         to=to,
         weights_only=weights_only,
@@ -83,13 +85,36 @@ def plan(
         own_steps=own_steps,
         parameter_names=parameter_names,
     )
+    if target.is_dir():
+        _refuse_idle(target, "a run", given_options(options), of_run)
+        _write_recipe(target, step, flags, default, recipe_path, out)
+        return
+    check_recipe_path(target)
+    _refuse_idle(
+        target, "a recipe", [name for name, value in of_run.items() if value is not None], OPTION_NAMES.values()
+    )
     out.show(Merging(plan_merge(read_recipe(target), options)))
+
+
+def _refuse_idle(target: Path, what: str, idle: Sequence[str], known: Iterable[str]) -> None:
+    """An option that would do nothing was meant to do something."""
+    from ..errors import InvalidInputError
+
+    if idle:
+        raise InvalidInputError(
+            f"options that do not apply to {what}",
+            kind="idle-option",
+            path=target,
+            expected=f"of {', '.join(known)}",
+            found=", ".join(idle),
+            hint="plan RUN -o recipe.yaml writes a recipe; plan recipe.yaml, with merge's options, shows what it does",
+        )
 
 
 def _write_recipe(
     run: Path, step: int | None, flags: Path | None, default: Path | None, path: Path | None, out: Output
 ) -> None:
-    from ..errors import AlreadyExistsError
+    from ..errors import AlreadyExistsError, NotFoundError
     from ..reports.composed import ComposedRecipe
     from ..save_history import recipe_of_flags, recipe_of_run
 
@@ -102,5 +127,21 @@ def _write_recipe(
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError as err:
-            raise AlreadyExistsError("there is a file already", kind="exists", path=path) from err
+            raise AlreadyExistsError(
+                "there is a file already",
+                kind="exists",
+                path=path,
+                expected="a name that is free",
+                found="a directory" if path.is_dir() else "a file",
+                hint="choose another name, or remove it",
+            ) from err
+        except FileNotFoundError as err:
+            raise NotFoundError(
+                "there is no directory for the recipe",
+                kind="missing-path",
+                path=path.parent,
+                expected="a directory",
+                found="nothing",
+                hint="make it, or choose another name with -o",
+            ) from err
     out.show(ComposedRecipe(text, path))

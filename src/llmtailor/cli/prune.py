@@ -12,6 +12,7 @@ import typer
 from ._output import AsJson, IsQuiet, Output
 
 if TYPE_CHECKING:
+    from ..inventory import RunEntry
     from ..reports.removal import Removal
     from ..storage import RunDirectory
 
@@ -100,11 +101,12 @@ def prune(
     def plan() -> Removal:
         return plan_removal(take_inventory(run), rules, pinned=read_pins(run).difference(unpin or ()), states=states)
 
-    # Also before the lock is taken: a wish that cannot be granted must not leave a lock file in a strange directory.
+    # Also before the lock is taken: a wish that cannot be granted, or where there is nothing to do, must not leave a
+    # lock file in a strange directory.
     removal = plan()
     if not is_dry_run:
         _pin(run, pin or (), unpin or (), out)
-    if is_dry_run or not removes:
+    if is_dry_run or not removes or not removal.has_work:
         out.show(removal)
         return
     with closing(RunDirectory(run)) as directory:
@@ -140,7 +142,6 @@ def _remove(removal: Removal, directory: RunDirectory, out: Output, *, is_sure: 
     from dataclasses import replace
 
     from ..pruning import thin_checkpoint
-    from ..verify import FileState, verify_checkpoint
 
     if not out.as_json and not out.is_quiet:
         out.show(removal)
@@ -148,10 +149,7 @@ def _remove(removal: Removal, directory: RunDirectory, out: Output, *, is_sure: 
         successors = removal.successors
         if not is_sure:
             _ask(removal, out)
-        digests: dict[FileState, str] = {}
-        with out.file_progress(lambda: sum(entry.nbytes for entry in successors)) as on_file:
-            for entry in successors:
-                verify_checkpoint(entry.path, on_file=on_file, digests=digests).raise_if_bad()
+        _verify(successors, out)
         for entry in removal.doomed:
             directory.remove(entry.path)
         for entry in removal.thinned:
@@ -162,6 +160,28 @@ def _remove(removal: Removal, directory: RunDirectory, out: Output, *, is_sure: 
         )
     if out.as_json or out.is_quiet:
         out.show(replace(removal, is_done=removal.has_work))
+
+
+def _verify(entries: Sequence[RunEntry], out: Output) -> None:
+    """See to it that what stays is good.
+
+    Raises:
+        IntegrityError: It is not.
+    """
+    from ..errors import IntegrityError
+    from ..verify import FileState, verify_checkpoint
+
+    digests: dict[FileState, str] = {}
+    with out.file_progress(lambda: sum(entry.nbytes for entry in entries)) as on_file:
+        for entry in entries:
+            report = verify_checkpoint(entry.path, on_file=on_file, digests=digests)
+            try:
+                report.raise_if_bad()
+            except IntegrityError as err:
+                hint = "resume the run first: it sets the checkpoint aside as *.bad; then prune again"
+                raise IntegrityError(
+                    **{**err.fields(), "what": f"nothing was removed: {err.what}", "hint": hint}
+                ) from err
 
 
 def _ask(removal: Removal, out: Output) -> None:

@@ -100,7 +100,8 @@ def _has_weights(path: Path) -> bool:
 
 
 def _read_checkpoint(name: str, path: Path) -> ModelTensors:
-    catalog = open_catalog(path, with_optimizer=False)
+    # The optimizer of the HF Trainer has no names, and to find them may take a process of its own.
+    catalog = open_catalog(path, with_optimizer=detect_format(path) != "hf")
     return ModelTensors(
         name=name,
         origin=f"a checkpoint of format {catalog.format}",

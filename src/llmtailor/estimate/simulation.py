@@ -104,6 +104,8 @@ class _Held:
     exact_step: int
     state_step: int
     """Of the state that a resume finds."""
+    has_exact_weights: bool = True
+    """Its weights are right without codes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,12 +127,11 @@ class _Checkpoint:
     def as_kept(self) -> Kept:
         """As retention sees it."""
         held = self.layers.values()
-        has_codes = any(file.kind == "codes" for each in held for file in each.files)
         return Kept(
             step=self.step,
             is_consistent=all(each.exact_step == self.step for each in held),
             has_optimizer=self.has_optimizer,
-            can_thin=not has_codes,
+            can_thin=all(each.has_exact_weights for each in held),
         )
 
 
@@ -209,9 +210,15 @@ def _save(layer: LayerSize, previous: _Checkpoint | None, step: int, chosen: set
     codes = _File(layer=layer.name, kind="codes", step=step, nbytes=coded.codes_nbytes)
     if coded.weights_nbytes:
         weights = _File(layer=layer.name, kind="weights", step=step, nbytes=coded.weights_nbytes)
-        return _Held(files=(weights, codes), saved_step=step, exact_step=held.exact_step, state_step=step)
+        return _Held(
+            files=(weights, codes),
+            saved_step=step,
+            exact_step=held.exact_step,
+            state_step=step,
+            has_exact_weights=coded.has_exact_weights,
+        )
     plain = tuple(file for file in held.files if file.kind != "codes")
-    return replace(held, files=(*plain, codes), state_step=step)
+    return replace(held, files=(*plain, codes), state_step=step, has_exact_weights=False)
 
 
 def _save_exactly(layer: LayerSize, step: int) -> _Held:

@@ -41,6 +41,8 @@ class CodedSize:
     """Of the codes file."""
     weights_nbytes: int
     """Of the weights file, if it is written anew; 0 if the codes lie beside the layer's exact files."""
+    has_exact_weights: bool
+    """The weights file has the weights of its step as they were, so that the codes may go with the state."""
 
     @property
     def nbytes(self) -> int:
@@ -214,12 +216,12 @@ def _coded_size(tensors: _Tensors, rest: Rest, weights: _FileSize, optimizer: _F
     if codes is None:
         return None
     told = {"format": "pt", CODES_KEY: record_codes(codes)}
-    weights_nbytes = 0
+    weights_nbytes, halved = 0, frozenset[str]()
     if rest.is_relative:
         masters = _find_masters(tensors.weights, tensors.state).values()
         told |= {BASE_KEY: _DIGEST} | ({STATE_BASE_KEY: _DIGEST} if any(map(codes.__contains__, masters)) else {})
     else:
-        halved = {fqn for fqn in tensors.weights if fqn in codes and codes[fqn].base == "rounded"}
+        halved = frozenset(fqn for fqn in tensors.weights if fqn in codes and codes[fqn].base == "rounded")
         anew = {fqn: replace(meta, dtype="BF16") if fqn in halved else meta for fqn, meta in tensors.weights.items()}
         weights_nbytes = _file_size(anew, 1).total
     # As CodedImage.nbytes, which is before the codes file is laid out.
@@ -227,7 +229,11 @@ def _coded_size(tensors: _Tensors, rest: Rest, weights: _FileSize, optimizer: _F
     if planned_nbytes >= MAX_SHARE * (weights.total + optimizer.total):
         return None
     codes_nbytes = plan_layout([*_arrays_of(codes).items()], told).nbytes
-    return CodedSize(codes_nbytes=codes_nbytes, weights_nbytes=weights_nbytes)
+    return CodedSize(
+        codes_nbytes=codes_nbytes,
+        weights_nbytes=weights_nbytes,
+        has_exact_weights=not rest.is_relative and not halved,
+    )
 
 
 def code_layer(

@@ -80,7 +80,7 @@ def open_catalog(
     Args:
         path: The directory.
         parameter_names: Of ``optimizer.pt``, which has positions only, where they cannot be recovered.
-        with_optimizer: Whether ``optimizer.pt`` has to be understood.
+        with_optimizer: Whether optimizer state has to be understood; without, formats may leave it out.
         allow_partial: Let whole layers be missing, as in a save of some of them.
 
     Raises:
@@ -97,11 +97,11 @@ def open_catalog(
         case "deepspeed":
             from .deepspeed import open_deepspeed
 
-            return open_deepspeed(path)
+            return open_deepspeed(path, with_optimizer=with_optimizer)
         case "dcp":
             from .dcp import open_dcp
 
-            return open_dcp(path)
+            return open_dcp(path, with_optimizer=with_optimizer)
         case _:
             from .hf import open_hf
 

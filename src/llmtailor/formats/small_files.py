@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..catalog import SmallFile
+from .small_names import TEMPLATES_DIRECTORY
 from .source_files import refuse_file, resolve_source
 
 __all__ = ["list_small_files"]
@@ -20,22 +21,20 @@ _CODE_SUFFIXES = frozenset({".py", ".pyc", ".pyo", ".so", ".sh"})
 def list_small_files(root: Path, is_small: Callable[[str], bool]) -> tuple[SmallFile, ...]:
     """The files directly in a checkpoint that are copied as they are; never programs, never hidden files.
 
+    Of directories only a tokenizer's further templates.
+
     Args:
         root: The checkpoint's directory.
-        is_small: Whether a file of this name is copied; asked for plain files only.
+        is_small: Whether a file of this name (``additional_chat_templates/rag.jinja``) is copied; asked for plain files
+            only.
 
     Raises:
         FormatError: One of them leads out of the checkpoint.
     """
     found = []
-    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        path = Path(entry.path)
-        if (
-            entry.name.startswith(".")
-            or path.suffix in _CODE_SUFFIXES
-            or not entry.is_file()
-            or not is_small(entry.name)
-        ):
+    for name in _plain_files(root):
+        path = root / name
+        if not is_small(name):
             continue
         real = resolve_source(path, root)
         nbytes = real.stat().st_size
@@ -43,5 +42,13 @@ def list_small_files(root: Path, is_small: Callable[[str], bool]) -> tuple[Small
             raise refuse_file(
                 path, f"at most {_MAX_SMALL_FILE_NBYTES} bytes for a file that is copied whole", f"{nbytes} bytes"
             )
-        found.append(SmallFile(name=entry.name, path=real, nbytes=nbytes))
+        found.append(SmallFile(name=name, path=real, nbytes=nbytes))
     return tuple(found)
+
+
+def _plain_files(directory: Path, prefix: str = "") -> Iterator[str]:
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.is_file() and not entry.name.startswith(".") and Path(entry.name).suffix not in _CODE_SUFFIXES:
+            yield prefix + entry.name
+        elif entry.name == TEMPLATES_DIRECTORY and not prefix and entry.is_dir():
+            yield from _plain_files(directory / entry.name, f"{entry.name}/")

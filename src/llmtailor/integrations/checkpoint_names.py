@@ -57,6 +57,10 @@ class CheckpointNames:
         self._made: set[Path] = set()
         """By this object."""
 
+    def covers(self, path: str | Path) -> bool:
+        """Whether a checkpoint by this path would be one of the run."""
+        return "://" not in str(path) and self._run in _place(Path(path)).parents
+
     def check(self, path: Path) -> Path:
         """The place of a name, if it may be one.
 
@@ -65,8 +69,7 @@ class CheckpointNames:
             AlreadyExistsError: There is a directory by that name.
         """
         place = _place(path)
-        inside = place.parts[len(self._run.parts) :]
-        if not inside or not place.is_relative_to(self._run):
+        if not self.covers(path):
             raise InvalidInputError(
                 "a checkpoint's name has to be in the run's directory",
                 kind="checkpoint-name",
@@ -75,13 +78,14 @@ class CheckpointNames:
                 found=str(place),
                 hint="give every ModelCheckpoint the same dirpath, or TailorCallback the directory",
             )
-        if inside[0].startswith("_") or _CHECKPOINT.fullmatch(inside[0]):
+        inside = place.parts[len(self._run.parts)]
+        if inside.startswith("_") or _CHECKPOINT.fullmatch(inside):
             raise InvalidInputError(
                 "a checkpoint cannot have this name",
                 kind="checkpoint-name",
                 path=path,
                 expected="any but checkpoint-<number> and _*",
-                found=inside[0],
+                found=inside,
             )
         if place.is_dir() and not place.is_symlink():
             raise AlreadyExistsError(
@@ -111,6 +115,10 @@ class CheckpointNames:
             self._pending[-1].to_remove.append(_place(path))
         else:
             self._unlink(_place(path))
+
+    def is_promised(self, path: str | Path) -> bool:
+        """Whether a save that is under way will have this name."""
+        return any(_place(Path(path)) in each.to_link for each in self._pending)
 
     def settle(self) -> None:
         """Do what is due for saves that have ended."""

@@ -14,7 +14,7 @@ Source: DeepSpeed 0.19.8, runtime/engine.py (save_checkpoint, load_checkpoint, _
 
 from __future__ import annotations
 
-import re
+import contextlib
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,22 +23,22 @@ from typing import Any, Unpack
 from ..checkpoint import Checkpoint, describe_layers, open_checkpoint
 from ..checkpointer import Checkpointer
 from ..engine_options import EngineOptions, check_options, engine_options, refuse_interval
-from ..errors import InvalidInputError, NotFoundError, UnsupportedError
+from ..errors import InvalidInputError, TailorError, UnsupportedError
 from ..manifest import MANIFEST_NAME
 from ..meeting import Outcome
+from ..monitor import Watch
 from ..ranks import join_ranks
 from ..resume import Fill, load_named
 from ..retention import Keep
-from ..storage import checkpoint_name, list_checkpoints
+from ..storage import list_checkpoints
 from ..strategies import SaveContext, Strategy, parse_strategy
 from ..writer import SaveHandle
 from ..zero import EngineState, ZeroLoad, ZeroReader, read_engine_state, write_engine_state
+from .deepspeed_tags import add_tag, find_tag
 
 __all__ = ["DeepSpeedRun", "install"]
 
 _LATEST = "latest"
-# As DeepSpeed names a save without a tag, and as we name the directory.
-_TAG_OF_STEP = re.compile(r"(?:global_step|checkpoint-)(0|[1-9][0-9]*)")
 
 
 def install(
@@ -78,7 +78,7 @@ def install(
         InvalidInputError: An unknown strategy, or an option that makes no sense.
         UnsupportedError: The engine spreads its state in a way that is not known here (stage 0, MiCS, hpZ, experts).
     """
-    check_options(engine_options(options))
+    check_options(options)
     refuse_interval(options)
     if not hasattr(engine, "load_checkpoint") or not hasattr(engine, "global_steps"):
         raise InvalidInputError(
@@ -113,7 +113,14 @@ class DeepSpeedRun:
         self._checkpointer: Checkpointer | None = None
         self._directory: Path | None = None
         self._latest: set[int] = set()
-        """Steps of saves that ``latest`` is to name."""
+        """Steps of saves to the open run that ``latest`` is to name."""
+        # Of each run that this training saved to or loaded from, open or not, as long as it goes on from there:
+        self._newest: dict[Path, tuple[Path, str]] = {}
+        """Its newest checkpoint, and that one's digest; on rank 0."""
+        self._saves: dict[Path, SaveHandle] = {}
+        """Its newest save."""
+        self._watches: dict[Path, Watch | None] = {}
+        """What measured it until it was closed."""
         self.last_save: SaveHandle | None = None
         """The newest save of this process: ``result()`` waits until it is durable."""
 
@@ -127,16 +134,23 @@ class DeepSpeedRun:
     ) -> bool:
         """As the engine's, and returns at once; ``last_save`` tells the rest.
 
+        A step is saved once in a directory. Asked again, this waits for that save and gives it the tag, too.
+
         Args:
-            save_dir: The run; checkpoints are ``checkpoint-<global steps>`` in it.
+            save_dir: The run; checkpoints are ``checkpoint-<global steps>`` in it. The one before is closed, which
+                waits for its saves.
             tag: A name to load it by, beside the directory's.
             client_state: Rank 0's is kept: tensors, numbers, text and containers.
             save_latest: Move ``latest`` to it, once it is durable on all ranks.
             exclude_frozen_parameters: Not supported: a checkpoint is whole.
 
+        Returns:
+            False if the save failed at once, or was skipped.
+
         Raises:
-            UnsupportedError: Something that cannot be saved.
-            WriteError: Two saves in a row failed; training may go on.
+            UnsupportedError: Something that cannot be saved; kind ``client-state``: the step was saved with another.
+            WriteError: Two saves in a row failed; training may go on. Or the tag of a step that was saved before
+                could not be written.
         """
         if exclude_frozen_parameters:
             raise UnsupportedError(
@@ -146,15 +160,42 @@ class DeepSpeedRun:
                 hint="they are written once and linked after that: parity and round_robin cost nothing for them",
             )
         engine, checkpointer = self._engine, self._open(Path(save_dir))
-        step = int(engine.global_steps)
+        step, name = int(engine.global_steps), None if tag is None else str(tag)
+        assert self._directory is not None
+        saved = self._saves.get(self._directory)
+        if saved is not None and saved.step == step and self._save_again(checkpointer, saved, name, client_state):
+            if save_latest and checkpointer.seat.rank == 0:
+                assert saved.path is not None
+                checkpointer.write_pointer(_LATEST, saved.path.name + "\n")
+            return True
 
         def write_small_files(directory: Path) -> None:
             if checkpointer.seat.rank == 0:
-                write_engine_state(engine, directory, client_state=client_state, tag=None if tag is None else str(tag))
+                write_engine_state(engine, directory, client_state=client_state, tag=name)
 
         if save_latest:
             self._latest = {*self._latest, step}
-        self.last_save = checkpointer.save(step, engine.module, [engine.optimizer], write_small_files)
+        handle = checkpointer.save(step, engine.module, [engine.optimizer], write_small_files)
+        self.last_save = self._saves[self._directory] = handle
+        return handle.error is None
+
+    def _save_again(
+        self, checkpointer: Checkpointer, saved: SaveHandle, tag: str | None, client_state: Mapping[str, Any] | None
+    ) -> bool:
+        """Give the checkpoint of a save one more tag, on all ranks; False if there is none because the save failed."""
+        with contextlib.suppress(TailorError):  # it is warned about where all failures are
+            saved.result()
+        # A rank that heard nothing of the end takes the save for failed.
+        if not checkpointer.meeting.tell({"is_saved": saved.path is not None})["is_saved"]:
+            return False
+        try:
+            if checkpointer.seat.rank == 0:
+                assert saved.path is not None
+                add_tag(saved.path, tag, client_state, checkpointer.write_pointer)
+        except BaseException as err:
+            checkpointer.meeting.agree(Outcome(error=err))
+            raise
+        checkpointer.meeting.agree(Outcome())
         return True
 
     def load_checkpoint(
@@ -186,6 +227,8 @@ class DeepSpeedRun:
             IntegrityError: No checkpoint verifies, or the given one does not.
             IncompatibleError: It is of another model or optimizer.
         """
+        if self._checkpointer is not None:
+            self._checkpointer.drain()  # what is to be loaded may be under way, and no save may refer to what changes
         path = Path(load_dir)
         is_run = path.is_dir() and any(entry.has_manifest for entry in list_checkpoints(path))
         if not is_run and not (path / MANIFEST_NAME).is_file():  # its first save with us is full
@@ -198,6 +241,8 @@ class DeepSpeedRun:
                 load_module_only,
                 custom_load_fn,
             )
+            if of_stock[0] is not None:
+                self._note_loaded(None)
             return of_stock
         if custom_load_fn is not None or not load_module_strict:
             raise UnsupportedError(
@@ -208,16 +253,16 @@ class DeepSpeedRun:
         has_optimizer = load_optimizer_states and not load_module_only
         checkpointer = self._open(path if is_run else path.parent)
         if is_run and tag is not None:
-            path = _find_tag(path, str(tag))
+            path = find_tag(path, str(tag))
         is_newest = is_run and tag is None
         loaded = self._load(checkpointer, None if is_newest else path, has_optimizer=has_optimizer)
         if loaded is None:
-            checkpointer.begin(None, self._engine.module, [self._engine.optimizer])
+            self._note_loaded(None)
             return None, None
         found, load, state = loaded
         load.finish(None if load_module_only else state, with_schedule=load_lr_scheduler_states)
         checkpointer.meeting.agree(Outcome())
-        checkpointer.begin(found, self._engine.module, [self._engine.optimizer])
+        self._note_loaded(found)
         if checkpointer.seat.rank == 0:
             sys.stderr.write(describe_layers(found) + "\n")
         return str(found.path), state.client_state
@@ -240,9 +285,20 @@ class DeepSpeedRun:
             found = checkpointer.load(plan)
         return None if found is None else (found, *loads[found.path.resolve()])
 
+    def _note_loaded(self, found: Checkpoint | None) -> None:
+        """Training goes on from a checkpoint of the open run, or from none of ours; no other run is followed then."""
+        self._newest, self._saves, self._watches = {}, {}, {}
+        if self._checkpointer is None:
+            return
+        if found is not None:
+            assert self._directory is not None
+            self._newest[self._directory] = found.path.resolve(), found.digest
+        self._checkpointer.begin(found, self._engine.module, [self._engine.optimizer])
+
     def _open(self, directory: Path) -> Checkpointer:
         """The checkpointer of a run; one run at a time is open."""
-        if self._checkpointer is not None and self._directory == directory.resolve():
+        directory = directory.resolve()
+        if self._checkpointer is not None and self._directory == directory:
             return self._checkpointer
         self.close()
         options = self._options
@@ -252,7 +308,7 @@ class DeepSpeedRun:
             keep=options["keep"],
             keep_consistent=options["keep_consistent"],
             ranks=join_ranks(),
-            on_published=self._move_latest,
+            on_published=self._note_published,
             **engine_options(options),
         )
         checkpointer.read_with(
@@ -265,14 +321,34 @@ class DeepSpeedRun:
         )
         try:
             checkpointer.read_model(self._engine.module)  # what cannot be saved is said now, not at the first save
+            self._follow(checkpointer, directory)
         except BaseException:
             checkpointer.close()
             raise
-        self._checkpointer, self._directory = checkpointer, directory.resolve()
+        self._checkpointer, self._directory = checkpointer, directory
         return checkpointer
 
-    def _move_latest(self, checkpoint: Path) -> None:
-        if open_checkpoint(checkpoint).manifest.step in self._latest and self._checkpointer is not None:
+    def _follow(self, checkpointer: Checkpointer, directory: Path) -> None:
+        """Go on after what this training has in a run that was closed meanwhile; anew if that is gone."""
+        known = self._newest.get(directory)
+        if known is not None and not _is_there(*known):
+            known = None
+        told = checkpointer.meeting.tell({"path": None if known is None else str(known[0])})["path"]
+        try:
+            parent = None if told is None else open_checkpoint(Path(told))
+        except BaseException as err:
+            checkpointer.meeting.agree(Outcome(error=err))
+            raise
+        checkpointer.meeting.agree(Outcome())
+        checkpointer.begin(parent)
+        if parent is not None:
+            checkpointer.watch_on(self._watches.get(directory))
+
+    def _note_published(self, checkpoint: Path) -> None:
+        """Called by a thread of the open run's, on rank 0."""
+        found = open_checkpoint(checkpoint)
+        self._newest[checkpoint.parent.resolve()] = checkpoint.resolve(), found.digest
+        if found.manifest.step in self._latest and self._checkpointer is not None:
             self._checkpointer.write_pointer(_LATEST, checkpoint.name + "\n")
 
     @property
@@ -292,10 +368,12 @@ class DeepSpeedRun:
             WriteError: What stopped the last save.
         """
         if self._checkpointer is not None:
+            assert self._directory is not None
+            self._watches[self._directory] = self._checkpointer.measures
             try:
                 self._checkpointer.close()
             finally:
-                self._checkpointer = None
+                self._checkpointer, self._latest = None, set()
 
     def __enter__(self) -> DeepSpeedRun:
         return self
@@ -304,23 +382,9 @@ class DeepSpeedRun:
         self.close()
 
 
-def _find_tag(run: Path, tag: str) -> Path:
-    """The checkpoint that was saved with a tag.
-
-    Raises:
-        NotFoundError: There is none.
-    """
-    entries = [entry for entry in list_checkpoints(run) if entry.has_manifest]
-    if (named := _TAG_OF_STEP.fullmatch(tag)) and any(entry.step == int(named[1]) for entry in entries):
-        return run / checkpoint_name(int(named[1]))
-    for entry in reversed(entries):
-        if read_engine_state(entry.path).tag == tag:
-            return entry.path
-    raise NotFoundError(
-        "no checkpoint of the run has this tag",
-        kind="missing-checkpoint",
-        path=run,
-        expected=tag,
-        found=", ".join(entry.path.name for entry in entries[-5:]) or "no checkpoints",
-        hint="leave tag out to take the newest",
-    )
+def _is_there(path: Path, digest: str) -> bool:
+    """Whether a checkpoint is still there, and still that one; it may have been removed while its run was closed."""
+    try:
+        return open_checkpoint(path).digest == digest
+    except (TailorError, OSError):
+        return False

@@ -22,13 +22,15 @@ pytorch/strategies/model_parallel.py, pytorch/callbacks/model_checkpoint.py.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -40,7 +42,7 @@ from lightning.pytorch.strategies import (
 from .. import strategies
 from ..checkpointer import Checkpointer
 from ..engine_options import EngineOptions, check_options, engine_options, refuse_interval
-from ..errors import InvalidInputError, UnsupportedError
+from ..errors import InvalidInputError, TailorWarning, UnsupportedError
 from ..manifest import MANIFEST_NAME
 from ..ranks import join_ranks
 from ..writer import SaveHandle
@@ -72,10 +74,14 @@ class TailorCallback(Callback):
     keep it themselves, for every rank. So a resumed training goes on bit for bit, also in the middle of an epoch.
 
     A save returns at once, and the optimizer's next step waits until the state is captured. Callbacks that put other
-    weights into the model between steps, but for validation, need ``capture="blocking"``. The hooks
-    ``on_save_checkpoint`` and ``on_load_checkpoint`` are called, and see neither weights nor optimizer state.
-    A save that fails never stops training: it warns, and ``fit`` raises at the end if nothing was saved since.
-    After ``fit``, ``Trainer.save_checkpoint`` is Lightning's own.
+    weights into the model between steps, but for validation, need ``capture="blocking"``; Lightning's own
+    ``WeightAveraging`` is refused. The hooks ``on_save_checkpoint`` and ``on_load_checkpoint`` are called, and see
+    neither weights nor optimizer state. A save that fails never stops training: it warns, and ``fit`` raises at the
+    end if nothing was saved since. Hyper-parameters that are no plain values are left out, with a warning.
+
+    ``Trainer.save_checkpoint`` to a place outside of the run's directory is Lightning's own, and so is all it does
+    after ``fit``: what SLURM's requeue and ``OnExceptionCheckpoint`` save are files as ever, and can be gone on from.
+    A second ``fit`` of the same Trainer and module goes on with the run.
 
     Args:
         directory: The run; by default the ``dirpath`` of the ``ModelCheckpoint`` callbacks, which have to agree.
@@ -92,6 +98,7 @@ class TailorCallback(Callback):
 
     Raises:
         InvalidInputError: An unknown strategy, or an option that makes no sense.
+        UnsupportedError: ``directory`` is remote storage.
     """
 
     def __init__(
@@ -112,7 +119,7 @@ class TailorCallback(Callback):
             raise InvalidInputError("unknown option", kind="option", found=", ".join(unknown))
         check_options(options)
         refuse_interval(options)
-        self._directory = None if directory is None else Path(directory)
+        self._directory = None if directory is None else Path(_require_local(str(directory)))
         self._session_options = SessionOptions(
             is_one_at_a_time=options.get("max_in_flight", 1) == 1 and options.get("when_busy", "wait") == "wait",
             consistent=consistent,
@@ -171,14 +178,17 @@ class TailorCallback(Callback):
         """Open the run. The model is where it will train, wrapped or sharded, and nothing is loaded yet.
 
         Raises:
-            InvalidInputError: ``ModelCheckpoint`` callbacks do not agree on a directory.
+            InvalidInputError: ``ModelCheckpoint`` callbacks do not agree on a directory, or with ``directory``.
             LockedError: Another process writes this run, or its mirror.
-            UnsupportedError: State that cannot be saved, or options that several ranks cannot agree on.
+            UnsupportedError: State that cannot be saved, callbacks that cannot be served, a directory that is not of
+                this file system, or options that several ranks cannot agree on.
         """
+        _check_callbacks(trainer)
         directory = _find_directory(trainer) if self._directory is None else self._directory
+        _warn_of_uploads(trainer)
         strategy: Any = trainer.strategy  # its class was changed in ``setup``
         strategy._tailor_session = self._session = LightningSession(
-            trainer, self._open(directory), self._session_options
+            trainer, self._open(directory), self._session_options, self._session
         )
 
     def on_train_batch_end(
@@ -221,20 +231,34 @@ class _TailorStrategy(Strategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        if self._tailor_session is None:
+        session = self._tailor_session
+        if session is None or not session.names.covers(filepath):
+            if session is not None:
+                self._fill(checkpoint, session)
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         if storage_options is not None:
             raise UnsupportedError("storage_options are not supported", kind="option", found=storage_options)
-        self._tailor_session.save(checkpoint, Path(filepath))
+        session.save(checkpoint, Path(filepath))
+
+    def _fill(self, checkpoint: dict[str, Any], session: LightningSession) -> None:
+        """Make of the Trainer's dictionary what it is without us, for a file that is none of the run's checkpoints.
+
+        SLURM's requeue saves so, and ``OnExceptionCheckpoint``.
+        """
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = super().lightning_module_state_dict() | checkpoint["state_dict"]
+        if "optimizer_states" in checkpoint:
+            stock_state = super().optimizer_state
+            checkpoint["optimizer_states"] = [stock_state(each) for each in self.optimizers]
+        session.note_in(checkpoint)
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        path = Path(filepath)
-        is_stock = path.exists() and not path.is_symlink()
-        if self._tailor_session is None or is_stock:
+        path, session = Path(filepath), self._tailor_session
+        if session is None or not session.names.covers(filepath) or (path.exists() and not path.is_symlink()):
             super().remove_checkpoint(filepath)
         else:
-            self._tailor_session.names.remove(path)
+            session.names.remove(path)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
@@ -244,7 +268,10 @@ class _TailorStrategy(Strategy):
             return session.load_newest()
         if not (path / MANIFEST_NAME).is_file():
             self._tailor_is_stock = True
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            loaded = super().load_checkpoint(checkpoint_path, weights_only)
+            if session is not None:
+                session.go_on_from(loaded)
+            return loaded
         if session is not None:
             return session.load_named(path.resolve())
         assert self.lightning_module is not None
@@ -287,7 +314,44 @@ def _session_of(trainer: Trainer) -> LightningSession | None:
     return strategy._tailor_session if isinstance(strategy, _TailorStrategy) else None
 
 
+def _check_callbacks(trainer: Trainer) -> None:
+    """Refuse callbacks that cannot be served."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # its connector sets it
+        if isinstance(callback, WeightAveraging):
+            raise UnsupportedError(
+                "Lightning's weight averaging is not supported: its hooks put other weights into the checkpoint",
+                kind="weight-averaging",
+                expected="no WeightAveraging among the callbacks",
+                found=type(callback).__name__,
+                hint="keep the average in the module, as a submodule or buffers, or train without TailorCallback",
+            )
+        if isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
+            raise UnsupportedError(
+                'ModelCheckpoint(save_last="link") is not supported',
+                kind="save-last",
+                expected="True",
+                found='"link"',
+                hint="a link to a save that is under way leads nowhere; save_last=True costs nothing more",
+            )
+
+
+def _warn_of_uploads(trainer: Trainer) -> None:
+    """Loggers that upload checkpoints look for files, and when the save is asked for.
+
+    Source: lightning 2.6, pytorch/loggers/utilities.py (_scan_checkpoints), wandb.py, mlflow.py, litlogger.py.
+    """
+    names = [type(each).__name__ for each in trainer.loggers if getattr(each, "_log_model", False)]
+    if names and trainer.is_global_zero:
+        warnings.warn(
+            f"{', '.join(names)} with log_model will find no checkpoints to upload: they are directories, and there "
+            "when they are durable. Upload what `llmtailor export` makes of one",
+            TailorWarning,
+            stacklevel=2,
+        )
+
+
 def _find_directory(trainer: Trainer) -> Path:
+    """Of the ModelCheckpoints' own."""
     callbacks = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     found = sorted({str(each.dirpath) for each in callbacks if each.dirpath is not None})
     if len(found) > 1:
@@ -297,13 +361,16 @@ def _find_directory(trainer: Trainer) -> Path:
             expected="the same dirpath for all: they share checkpoints",
             found=", ".join(found),
         )
-    for each in callbacks:
-        if each.save_last == "link":
-            raise UnsupportedError(
-                'ModelCheckpoint(save_last="link") is not supported',
-                kind="save-last",
-                expected="True",
-                found='"link"',
-                hint="a link to a save that is under way leads nowhere; save_last=True costs nothing more",
-            )
-    return Path(found[0]) if found else Path(trainer.default_root_dir) / "checkpoints"
+    return Path(_require_local(found[0] if found else os.path.join(trainer.default_root_dir, "checkpoints")))
+
+
+def _require_local(directory: str) -> str:
+    if "://" in directory:
+        raise UnsupportedError(
+            "checkpoints cannot be saved to remote storage",
+            kind="remote-directory",
+            expected="a directory of this file system",
+            found=directory,
+            hint="save to a local or shared disk and copy from there; TailorCallback(mirror=...) keeps a second copy",
+        )
+    return directory

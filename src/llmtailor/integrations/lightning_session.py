@@ -12,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ..checkpoint import Checkpoint, describe_layers
+from ..checkpoint import Checkpoint, describe_layers, open_checkpoint
 from ..checkpointer import Checkpointer
 from ..drift_log import curves_of
 from ..errors import (
@@ -36,17 +38,21 @@ from ..meeting import Outcome
 from ..model_state import read_model
 from ..resume import Fill, load_named
 from ..save_plan import Contents
+from ..storage import list_checkpoints
 from ..writer import SaveHandle
-from .batches import Batches
 from .checkpoint_names import CheckpointNames
+from .lightning_dictionary import Fixed, HyperParameters, check_hooks, check_state, name_last
+from .lightning_loader import TrainLoader
 from .small_files import capture_rng, load_rng, read_objects, restore_rng, save_objects, save_rng, write_progress
 
-__all__ = ["LightningSession", "SessionOptions", "TrainLoader", "load_weights"]
+__all__ = ["LightningSession", "SessionOptions", "load_weights"]
 
 logger = logging.getLogger(__name__)
 
 _SMALL = "lightning"
 """The Trainer's dictionary, without weights and optimizer state, is ``lightning.pt``."""
+_RUN_ID = "llmtailor_run_id"
+"""In files of Lightning's own, of which run they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +78,18 @@ class LightningSession:
         trainer: Its strategy is set up.
         checkpointer: The run, held; it is closed here.
         options: See there.
+        previous: The ``fit`` before, if this process had one.
     """
 
-    def __init__(self, trainer: Trainer, checkpointer: Checkpointer, options: SessionOptions) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        checkpointer: Checkpointer,
+        options: SessionOptions,
+        previous: LightningSession | None = None,
+    ) -> None:
         self.trainer = trainer
+        self._module = trainer.lightning_module
         self.checkpointer = checkpointer
         self.is_interrupted = False
         """Whether training ended by an error."""
@@ -87,15 +101,66 @@ class LightningSession:
         self._last: tuple[int, Contents] | None = None
         """Step and contents of the newest checkpoint: saved by this process, or loaded."""
         self._loaded: Checkpoint | None = None
+        """What training goes on from."""
+        self._published: Path | None = None
+        """The newest of the saves before ``last_save`` that is known to be there."""
         self._rng: dict[str, Any] | None = None
         self._loader_states: list[dict[str, Any]] = []
+        self._savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
         try:
             # What cannot be saved is said before the first step, not at the first save.
+            for saver in self._savers:
+                self.names.check(Path(saver.dirpath or checkpointer.directory, "a.ckpt"))
             checkpointer.read_model(trainer.lightning_module)
-            checkpointer.begin(None)
+            check_state(trainer)
+            self._hyper_parameters = HyperParameters(trainer)
+            if not self._rank:
+                self._hyper_parameters.warn()
+            self._begin(None if previous is None else self._follow(previous))
         except BaseException:
             checkpointer.close()
             raise
+        for saver in self._savers:
+            saver.file_exists = partial(self._is_taken, saver.file_exists)  # type: ignore[method-assign]
+
+    def _begin(self, parent: Checkpoint | None) -> None:
+        """Go on from a checkpoint that is not loaded, or from none."""
+        self.checkpointer.begin(parent)
+        self._loaded = parent
+        self._last = None if parent is None else (parent.manifest.step, parent.manifest.contents)
+
+    def _follow(self, previous: LightningSession) -> Checkpoint | None:
+        """What a ``fit`` goes on from that loads nothing, for the Trainer counts its steps on."""
+        is_same = (
+            previous.trainer is self.trainer
+            and previous._module is self._module
+            and previous.checkpointer.directory.resolve() == self.checkpointer.directory.resolve()
+        )
+        return self._find_own(previous._find_run_id(), self.trainer.global_step) if is_same else None
+
+    def _find_run_id(self) -> str | None:
+        """Of the checkpoints that this ``fit`` made or goes on from."""
+        newest = None if self.last_save is None else self.last_save.path
+        for path in (newest, self._published):
+            if path is not None:
+                with contextlib.suppress(TailorError, OSError):  # it was set aside, or is damaged
+                    return open_checkpoint(path).manifest.run_id
+        return self._loaded.manifest.run_id if self._loaded is not None and self._is_own(self._loaded) else None
+
+    def _find_own(self, run_id: str | None, step: int) -> Checkpoint | None:
+        """The newest checkpoint that was made under this id, and at this step or before."""
+        for entry in reversed(list_checkpoints(self.checkpointer.directory)):
+            if entry.has_manifest and entry.step <= step:
+                with contextlib.suppress(TailorError, OSError):  # a damaged one is not gone on from
+                    found = open_checkpoint(entry.path)
+                    if found.manifest.run_id == run_id:
+                        return found
+        return None
+
+    def _is_taken(self, exists: Callable[..., bool], path: str | Path, trainer: Trainer) -> bool:
+        """``ModelCheckpoint.file_exists``, also of names that are yet to come; the same on every rank."""
+        is_promised = trainer.strategy.reduce_boolean_decision(self.names.is_promised(path), all=False)
+        return is_promised or exists(path, trainer)
 
     # ---- Saving ----
 
@@ -109,7 +174,7 @@ class LightningSession:
         self.names.check(path)
         step = int(checkpoint["global_step"])
         contents: Contents = "full" if "optimizer_states" in checkpoint else "weights"
-        _check_hooks(checkpoint)
+        check_hooks(checkpoint)
         if self._last is not None and self._last[0] == step and contents == "full" and self._last[1] == "weights":
             raise UnsupportedError(
                 "a step cannot be saved with weights alone and then with optimizer state",
@@ -121,6 +186,8 @@ class LightningSession:
             self.names.link(step, path)
             return
         handle = self._save(step, contents, checkpoint)
+        if self.last_save is not None and self.last_save.path is not None:
+            self._published = self.last_save.path
         self.last_save = handle
         if handle.error is None:
             if self._last is None or self._last[0] != step:  # a step that is saved again was measured once
@@ -138,7 +205,8 @@ class LightningSession:
                 tracker.log_metrics(curves, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _save(self, step: int, contents: Contents, checkpoint: Mapping[str, Any]) -> SaveHandle:
-        small = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+        small = self._hyper_parameters.leave_out(checkpoint)
+        del small["state_dict"]
         if contents == "full":
             small["optimizer_states"] = []
         loaders = small["loops"]["fit_loop"]["state_dict"].pop("combined_loader", [])
@@ -146,8 +214,8 @@ class LightningSession:
         def write_small_files(directory: Path) -> None:
             if not self._rank:
                 write_progress(directory, step, ["data", _SMALL])
-                save_objects(directory, {_SMALL: _Fixed(small)})
-            save_objects(directory, {"data": _Fixed({"loaders": loaders})}, rank=self._rank)
+                save_objects(directory, {_SMALL: Fixed(small)})
+            save_objects(directory, {"data": Fixed({"loaders": loaders})}, rank=self._rank)
             save_rng(directory, rank=self._rank)
 
         self._wait_for_last()
@@ -189,9 +257,14 @@ class LightningSession:
         Source: lightning 2.6, pytorch/loops/fetchers.py (_PrefetchDataFetcher), training_epoch_loop.py (advance).
         """
         loop = self.trainer.fit_loop
-        if loop.epoch_loop.batch_progress.is_last_batch:
+        progress = loop.epoch_loop.batch_progress
+        fetched = getattr(loop._data_fetcher, "batches", None)
+        # One, if an exception has ended the training in the middle of a batch, and a callback saves then.
+        counts: Any = progress.current
+        num_begun = 0 if fetched is None else counts.ready - counts.processed
+        if progress.is_last_batch and not num_begun:
             return -1
-        return len(getattr(loop._data_fetcher, "batches", ()))
+        return len(fetched or ()) + num_begun
 
     def close(self) -> None:
         """Finish the saves that are under way.
@@ -208,6 +281,29 @@ class LightningSession:
             logger.exception("the last save had failed, too")
         finally:
             self.names.settle()
+            for saver in self._savers:
+                vars(saver).pop("file_exists", None)
+
+    # ---- Files of Lightning's own ----
+
+    def note_in(self, checkpoint: dict[str, Any]) -> None:
+        """Make a file of Lightning's own of the Trainer's dictionary, and note in it of which run it is.
+
+        Positions of loaders that do not keep them themselves would be refused where we are not.
+        """
+        state = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        loaders = self.trainer.fit_loop._combined_loader
+        if "combined_loader" in state and loaders is not None:
+            stateful = [each for each in loaders.flattened if hasattr(each, "state_dict")]
+            positions = zip(stateful, state.pop("combined_loader"), strict=True)
+            if kept := [position for loader, position in positions if not isinstance(loader, TrainLoader)]:
+                state["combined_loader"] = kept
+        checkpoint[_RUN_ID] = self._find_run_id()
+
+    def go_on_from(self, checkpoint: Mapping[str, Any]) -> None:
+        """A file of Lightning's own is loaded: if it was saved beside this run, its checkpoints are gone on from."""
+        run_id = checkpoint.get(_RUN_ID)
+        self._begin(None if run_id is None else self._find_own(run_id, int(checkpoint["global_step"])))
 
     # ---- Loading ----
 
@@ -273,6 +369,7 @@ class LightningSession:
         self._restore_rng()
         if not self._rank:
             sys.stderr.write(describe_layers(found) + "\n")
+        name_last(small.state, self.trainer, found.path.resolve())
         self._loader_states = list(small.loaders)
         if small.loaders:
             small.state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = small.loaders
@@ -314,7 +411,7 @@ class LightningSession:
         state = self._loader_states.pop(0) if self._loader_states else None
         if hasattr(loader, "state_dict"):
             return loader
-        watched = TrainLoader(loader, self)
+        watched = TrainLoader(loader, on_fetch=self.note_fetch, count_ahead=self.count_ahead)
         if state is not None:
             watched.load_state_dict(state)
         return watched
@@ -338,73 +435,6 @@ class _Small:
     rng: dict[str, Any] | None = None
 
 
-class _Fixed:
-    """State that is there already."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self._state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-
-class TrainLoader:
-    """The training loader as the Trainer uses it, with a position that the Trainer saves and restores.
-
-    Everything but that is the loader's own, also what is set: the Trainer gives it a ``worker_init_fn``.
-
-    Args:
-        loader: May be iterated again and again.
-        session: The ``fit`` it is for.
-
-    Source: lightning 2.6, pytorch/utilities/combined_loader.py (_state_dicts, _load_state_dicts).
-    """
-
-    _OWN = frozenset({"_loader", "_batches", "_session", "_is_replayed"})
-
-    def __init__(self, loader: Any, session: LightningSession) -> None:
-        self._loader = loader
-        self._batches: Batches[Any] = Batches(loader)
-        self._session = session
-        self._is_replayed = False
-
-    def __iter__(self) -> Iterator[Any]:
-        is_new, self._is_replayed = not self._is_replayed, False
-        for batch in self._batches:
-            if is_new:
-                self._session.note_fetch()
-            yield batch
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._OWN:  # not set yet: this is a copy in the making
-            raise AttributeError(name)
-        return getattr(self._loader, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._OWN:
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._loader, name, value)
-
-    def state_dict(self) -> dict[str, Any]:
-        ahead = self._session.count_ahead()
-        state = self._batches.state_dict()
-        return {**state, "num_used": 0 if ahead < 0 else state["num_used"] - ahead}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._batches.load_state_dict(state_dict)  # and the generators that the loader has of its own
-        self._is_replayed = state_dict["num_used"] > 0
-        if not self._is_replayed:
-            # Between two epochs there is nothing to go back to; the next one begins as any does.
-            self._batches = Batches(self._loader)
-
-
 def load_weights(path: Path, module: LightningModule) -> dict[str, Any]:
     """For validation and the like: each rank by itself, and no optimizer."""
     _require_lightning(path)
@@ -421,14 +451,4 @@ def _require_lightning(path: Path) -> None:
             expected=f"{_SMALL}.pt",
             found="none",
             hint="resume it with the loop or trainer that saved it",
-        )
-
-
-def _check_hooks(checkpoint: Mapping[str, Any]) -> None:
-    if checkpoint.get("state_dict"):
-        raise UnsupportedError(
-            "a hook has put weights into the checkpoint, which would be lost",
-            kind="changed-weights",
-            found=", ".join(list(checkpoint["state_dict"])[:3]),
-            hint="on_save_checkpoint may add keys of its own to the checkpoint, and leave state_dict alone",
         )

@@ -4,39 +4,38 @@ The stock ``_save_checkpoint`` still runs, with what subclasses add to it; it on
 and leaves weights and optimizer to us. So scheduler, random numbers, scaler, callbacks' state, ``trainer_state.json``,
 configuration and tokenizer are exactly what transformers writes, and resume reads them exactly as it always does.
 
-    stock order of a save           here
+    stock order of a save           here (see ``trainer_floor`` for the first two)
     save_model                      configuration, tokenizer, training_args.bin; no weights
     _save_optimizer_and_scheduler   the scheduler
     _save_scaler, _save_rng_state   stock
     trainer_state.json              stock, with the published path of the best model
     _push_from_checkpoint           after publishing
     rotate_checkpoints              finds one directory in staging and does nothing; ours comes after publishing
+    on_save of the callbacks        stock; if one has an ``on_save``, the save is waited for first
 
 All of that is small and happens at once. The layers are captured while training goes on, and the checkpoint is
 published some steps later; ``save_ended`` says when.
 
-Source: transformers 5.23, trainer.py (_save_checkpoint, save_model, train, _load_from_checkpoint, _load_best_model,
-_maybe_log_save_evaluate, _finalize_training).
+Source: transformers 5.23, trainer.py (_save_checkpoint, train, _maybe_log_save_evaluate, _finalize_training).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-import torch
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
-from ..checkpoint import describe_layers, open_checkpoint, require_optimizer
+from ..checkpoint import Checkpoint, describe_layers, open_checkpoint, require_optimizer
 from ..checkpointer import Checkpointer
 from ..drift_log import curves_of
 from ..engine_options import EngineOptions, check_options, engine_options
@@ -48,9 +47,7 @@ from ..errors import (
     UnsupportedError,
     WriteError,
 )
-from ..load import load_model, load_optimizers
 from ..meeting import Meeting, Outcome
-from ..model_state import is_adapted, read_model
 from ..ranks import join_ranks
 from ..resume import ResumeLimits, check_staleness, open_resumable, resume_limits
 from ..retention import Keep, parse_keep
@@ -59,9 +56,10 @@ from ..storage import checkpoint_name
 from ..strategies import SaveContext, Strategy, parse_strategy
 from ..writer import SaveHandle
 from .preemption import Preemption, PreemptionOptions, check_on_ranks, preemption_options
-from .trainer_callback import StepCallback, module_of
-from .trainer_deepspeed import EngineOfTrainer, save_engine
-from .trainer_files import is_ours, is_stock, make_writable, require_trainer, without_progress_bars
+from .trainer_callback import StepCallback, find_readers, has_modes, module_of
+from .trainer_deepspeed import EngineOfTrainer
+from .trainer_files import is_ours, is_stock, make_writable, require_trainer
+from .trainer_floor import put_floor_under
 
 __all__ = ["TailorMixin", "TailorOptions", "tailor"]
 
@@ -111,6 +109,18 @@ class TailorMixin(EngineOfTrainer, _Base):
     _tailor_push_is_due: bool = False
     _tailor_saves: Mapping[SaveHandle, str | None] = MappingProxyType({})
     """Saves that may be under way -> the best model's checkpoint before them."""
+    _tailor_parent: Checkpoint | None = None
+    """What ``train`` goes on from, if that is ours."""
+    _tailor_loaded: frozenset[str] = frozenset()
+    """What of it was loaded: weights, optimizer."""
+    _tailor_has_begun: bool = False
+    """The loop inside of ``train`` has."""
+    _tailor_waits: bool = False
+    """It was said that saves are waited for."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        put_floor_under(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options = {key: kwargs.pop(key) for key in TailorOptions.__annotations__ if key in kwargs}
@@ -179,6 +189,7 @@ class TailorMixin(EngineOfTrainer, _Base):
 
     def _tailor_find(self, checkpointer: Checkpointer, wanted: str | bool | None) -> str | None:
         """The path stock code is to resume from; None if it is to start anew."""
+        self._tailor_parent, self._tailor_loaded, self._tailor_has_begun = None, frozenset(), False
         if wanted is None or wanted is False:
             checkpointer.begin(None)
             return None
@@ -203,13 +214,47 @@ class TailorMixin(EngineOfTrainer, _Base):
         if self.is_world_process_zero():
             sys.stderr.write(describe_layers(found) + "\n")
         checkpointer.begin(found)
+        self._tailor_parent = found
         return str(found.path)
+
+    def _tailor_begin_loop(self, checkpointer: Checkpointer) -> None:
+        """All is loaded, and the first step comes."""
+        if self._tailor_has_begun:
+            # Again: with ``auto_find_batch_size`` the loop starts over when it runs out of memory.
+            checkpointer.begin(self._tailor_parent)
+        self._tailor_has_begun = True
+        missing = {"weights", "optimizer"} - self._tailor_loaded
+        if self._tailor_parent is not None and missing and not self.is_deepspeed_enabled:
+            logger.warning(
+                "%s does not load the %s of %s: its own code does not call the Trainer's",
+                type(self).__name__,
+                " and the ".join(sorted(missing)),
+                self._tailor_parent.path,
+            )
+        assert self.optimizer is not None
+        checkpointer.watch(module_of(self), [self.optimizer])
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        self._tailor_wait_for_capture()
+        return super().training_step(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers."""
+        self._tailor_wait_for_capture()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _tailor_wait_for_capture(self) -> None:
+        """Stock code is about to put an optimizer into another mode, which may change all weights."""
+        if self._tailor_checkpointer is not None and has_modes(self.optimizer):
+            self._tailor_checkpointer.wait_until_captured()
 
     # ---- Saving ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._tailor_checkpointer is not None:
             self._tailor_save(self._tailor_checkpointer, model, trial)
+            self._tailor_wait_for_readers()
             return
         # By hand, outside of ``train``.
         checkpointer = self._tailor_open(trial)
@@ -254,13 +299,24 @@ class TailorMixin(EngineOfTrainer, _Base):
         self.last_save = handle
         self._tailor_saves = {**self._tailor_saves, handle: last_best}
         if curves := curves_of(checkpointer.metrics):
-            self.log(curves)
+            Trainer.log(self, curves)  # a subclass's own would take it for a log of steps: TRL's clears its averages
         if self._tailor_push_is_due and handle.error is None:
             self._tailor_push(handle)
 
     @property
     def _tailor_contents(self) -> Contents:
         return "weights" if self.args.save_only_model else "full"
+
+    def _tailor_wait_for_readers(self) -> None:
+        """Stock code calls the callbacks' ``on_save`` next; one that looks at the checkpoint is to find it."""
+        readers = find_readers(self.callback_handler.callbacks)
+        if not readers or self.last_save is None or self.last_save.error is not None:
+            return
+        if not self._tailor_waits and self.is_world_process_zero():
+            logger.warning("each save is waited for, because of on_save of %s", ", ".join(readers))
+        self._tailor_waits = True
+        with contextlib.suppress(TailorError):  # it is warned about where all failures are
+            self.last_save.result()
 
     def _tailor_push(self, handle: SaveHandle) -> None:
         """The hub gets what is published; so a push, which takes its time anyhow, waits for the disk."""
@@ -293,7 +349,8 @@ class TailorMixin(EngineOfTrainer, _Base):
         stats = handle.stats
         if stats is None:
             return
-        self.log(
+        Trainer.log(
+            self,
             {
                 "checkpoint_step": handle.step,
                 "checkpoint_stall_secs": round(stats.stall_secs, 4),
@@ -302,7 +359,7 @@ class TailorMixin(EngineOfTrainer, _Base):
                 "checkpoint_commit_secs": round(stats.commit_secs, 4),
                 "checkpoint_gb": round(stats.written_nbytes / 1e9, 4),
                 "checkpoint_gb_per_sec": round(stats.write_rate / 1e9, 3),
-            }
+            },
         )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -311,11 +368,21 @@ class TailorMixin(EngineOfTrainer, _Base):
         if checkpointer is not None and self.optimizer is not None:
             # Not from a callback: a log inside of one would take back the Trainer's own wish to log.
             self._tailor_collect()
-            checkpointer.prepare(module_of(self), [self.optimizer], contents=self._tailor_contents)
+            if self._tailor_may_save(checkpointer):
+                checkpointer.prepare(module_of(self), [self.optimizer], contents=self._tailor_contents)
             if self._tailor_preemption is not None and self._tailor_preemption.wants_save:
                 checkpointer.drain(self._tailor_preemption.left_secs)
                 self._save_checkpoint(self.model, None)
                 self._tailor_preemption.end()
+
+    def _tailor_may_save(self, checkpointer: Checkpointer) -> bool:
+        """False if no save is to be expected: with ``save_strategy="no"``, unless somebody else decides."""
+        options = self._tailor_options
+        strategy = options.get("strategy")
+        decides = isinstance(strategy, Strategy) and type(strategy).interval is not Strategy.interval
+        is_timed = checkpointer.pace.is_due(self.state.global_step) is not None
+        wants_last = options.get("on_sigterm") == "save"
+        return decides or is_timed or wants_last or self.args.save_strategy != SaveStrategy.NO
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # What comes now looks at the run's directory: the best model is loaded, old checkpoints are removed.
@@ -348,34 +415,6 @@ class TailorMixin(EngineOfTrainer, _Base):
             return str(self._tailor_staged.parent)
         return super()._get_output_dir(trial)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers; during a checkpoint everything but the weights, which are saved by layer."""
-        if self._tailor_staged is None or is_adapted(module_of(self)):
-            super().save_model(output_dir, _internal_call)
-            return
-        # An empty state dict makes stock code write everything else, and an empty weights file that has to go:
-        # transformers does the same under DeepSpeed. Source: transformers 5.23, trainer.py (save_model).
-        if not self.args.should_save:
-            return
-        with without_progress_bars():
-            self._save(str(self._tailor_staged), state_dict={})
-        for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME):
-            (self._tailor_staged / name).unlink(missing_ok=True)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._tailor_staged is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if not self.args.should_save:
-            return
-        if self.is_deepspeed_enabled and save_engine(self.deepspeed, self._tailor_staged):
-            return
-        assert self.lr_scheduler is not None
-        with warnings.catch_warnings():
-            # torch tells people to save the optimizer as well; we do, elsewhere.
-            warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
-            torch.save(self.lr_scheduler.state_dict(), self._tailor_staged / SCHEDULER_NAME)
-
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._tailor_staged is None:
             super()._push_from_checkpoint(checkpoint_folder)
@@ -383,36 +422,6 @@ class TailorMixin(EngineOfTrainer, _Base):
             self._tailor_push_is_due = True
 
     # ---- Loading ----
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not is_ours(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        module = module_of(self) if model is None else model
-        self._tailor_together(lambda: _load_model(resume_from_checkpoint, module))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not is_ours(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        path, optimizer = Path(checkpoint), self.optimizer
-        assert optimizer is not None
-        assert self.lr_scheduler is not None
-        if self.is_deepspeed_enabled:  # the engine has loaded all but a scheduler of the Trainer's own
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        self._tailor_together(lambda: load_optimizers(open_checkpoint(path), read_model(module_of(self)), [optimizer]))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
-            self.lr_scheduler.load_state_dict(torch.load(path / SCHEDULER_NAME, map_location="cpu", weights_only=True))
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best is None or not is_ours(best) or self.is_deepspeed_enabled:
-            super()._load_best_model()
-            return
-        logger.info("loading the best model from %s (score: %s)", best, self.state.best_metric)
-        self._tailor_together(lambda: _load_model(best, module_of(self)))
 
     def _tailor_together(self, load: Callable[[], None]) -> None:
         """Load on all ranks; if one cannot, none goes on to a collective that the others never come to."""
@@ -480,7 +489,3 @@ def _refuse_sharding(trainer: Trainer) -> None:
             found="FSDP version 1",
             hint='FSDP version 2 is chosen with fsdp_config={"fsdp_version": 2}',
         )
-
-
-def _load_model(path: str, model: torch.nn.Module) -> None:
-    load_model(open_checkpoint(path), read_model(model))

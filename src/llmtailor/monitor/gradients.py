@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..local_parts import local_part, memory_of
 
@@ -18,12 +19,17 @@ class GradientNorms:
     """
 
     def __init__(self) -> None:
-        self._norms: dict[torch.Tensor, torch.Tensor] = {}
+        # Every optimizer of the process tells of its steps, also those of models that come and go.
+        self._norms: MutableMapping[torch.Tensor, torch.Tensor] = WeakTensorKeyDictionary()
 
     def note(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer is about to step."""
-        parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
-        dense = [each for each in parameters if each.grad.layout == torch.strided]
+        """An optimizer is about to step; its parameters without a gradient now have none known."""
+        dense = []
+        for each in (each for group in optimizer.param_groups for each in group["params"]):
+            if each.grad is not None and each.grad.layout == torch.strided:
+                dense.append(each)
+            else:
+                self._norms.pop(each, None)
         grads = [memory_of(each.grad).detach() for each in dense]
         if grads:
             self._norms.update(zip(dense, torch._foreach_norm(grads), strict=True))

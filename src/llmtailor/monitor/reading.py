@@ -105,11 +105,11 @@ def read_entries(picked: Sequence[ParameterPicks]) -> Entries:
         steps=np.full(len(picked), np.nan, np.float32),
     )
     indices = [each.indices.long() for each in picked]
-    _scatter(entries.weights, starts, ((n, torch.take(each.weights, indices[n])) for n, each in enumerate(picked)))
+    _scatter(entries.weights, starts, ((n, _take(each.weights, indices[n])) for n, each in enumerate(picked)))
     _scatter(
         entries.first,
         starts,
-        ((n, torch.take(each.first, indices[n])) for n, each in enumerate(picked) if each.first is not None),
+        ((n, _take(each.first, indices[n])) for n, each in enumerate(picked) if each.first is not None),
     )
     _scatter(
         entries.second,
@@ -121,9 +121,16 @@ def read_entries(picked: Sequence[ParameterPicks]) -> Entries:
     return entries
 
 
+def _take(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    # torch 2.13 takes no elements of an 8-bit float; of its bytes it does.
+    if tensor.element_size() == 1:
+        return torch.take(tensor.view(torch.uint8), indices).view(tensor.dtype)
+    return torch.take(tensor, indices)
+
+
 def _take_second(second: torch.Tensor | Factors, indices: torch.Tensor) -> torch.Tensor:
     if isinstance(second, torch.Tensor):
-        return torch.take(second, indices)
+        return _take(second, indices)
     num_rows, num_columns = second.rows.shape[1], second.columns.shape[1]
     row = indices // num_columns
     batch = row // num_rows
@@ -173,8 +180,8 @@ def sum_up(
     def add_up(values: _Doubles) -> float:
         return float((np.add.reduceat(values, starts) * scale).sum())
 
-    trainable = num_entries * np.array([each.is_trainable for each in picked])
     has_first, has_second = (np.array([getattr(each, name) is not None for each in picked]) for name in _MOMENTS)
+    has_state = has_first | has_second | np.array([each.step is not None for each in picked])
     # What a diverged run or one of huge numbers brings is for the caller to judge.
     with np.errstate(all="ignore"):
         weights, first, second, before = (
@@ -184,6 +191,8 @@ def sum_up(
         moved = np.square(weights - before)
         root = np.sqrt(second)
         trains = np.repeat(np.array([float(each.is_trainable) for each in picked]), sizes)
+        is_untouched = ~has_state & (np.add.reduceat(moved, starts) == 0)
+        trainable = num_entries * (np.array([each.is_trainable for each in picked]) & ~is_untouched)
         return LayerSums(
             trainable=float(trainable.sum()),
             with_second=float((trainable * has_second).sum()),

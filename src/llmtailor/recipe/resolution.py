@@ -58,7 +58,14 @@ class Resolution:
     stack: str | None = None
     """The main stack; None if there is none, or several are equal."""
     num_blocks: int | None = None
-    """Of the target's main stack; where it is not the base's, the configuration changes with it."""
+    """Of the target's main stack."""
+    base_depth: int | None = None
+    """Of the base's main stack, whether or not the base holds all of its blocks; None if the recipe keeps it."""
+
+    @property
+    def new_depth(self) -> int | None:
+        """Blocks of the target's main stack, where the configuration has to change; None where it holds."""
+        return None if self.base_depth in (None, self.num_blocks) else self.num_blocks
 
 
 def make_target(name: str, parts: Sequence[tuple[str, str, float]], sources: Mapping[str, SourceLayers]) -> TargetLayer:

@@ -10,8 +10,8 @@ LLMTailor 0db721c, merge.py and plan.py (ranges of length 0, pre_weights, post_w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..errors import IncompatibleError, IncompleteError, UnsupportedError
 from ..layers import Layer, LayerKind
@@ -20,12 +20,11 @@ from .patterns import summarize_names
 from .records import MergekitRecipe, Slice, SliceSource, WeightSource
 from .resolution import Resolution, TargetLayer, make_target, method_of
 from .settings import weight_at
-from .sources import SourceLayers, block_name, check_fit, find_main_stack, join_layers, newest_source
+from .sources import MAX_BLOCKS, SourceLayers, block_name, check_fit, find_main_stack, join_layers, newest_source
 from .units import find_role, role_of_unit
 
 __all__ = ["resolve_mergekit"]
 
-_MAX_BLOCKS = 10_000
 _OWN_DIALECT = "name the layers instead: base: PATH, layers: {NAME: PATH} (docs/recipes.md)"
 
 
@@ -37,25 +36,32 @@ def resolve_mergekit(recipe: MergekitRecipe, sources: Mapping[str, SourceLayers]
             f"only mergekit itself can do this: {recipe.needs_mergekit}",
             error=UnsupportedError,
             expected="merge_method passthrough or linear; of a tokenizer base or a path",
-            hint="pip install mergekit, which merges the weights alone, without optimizer state",
+            hint=(
+                "llmtailor merge has mergekit do it, the weights alone (pip install mergekit, if it is not there); "
+                "what mergekit will do is not planned beforehand"
+            ),
         )
         faults.raise_any()
-    stack = _main_stack(sources, faults)
-    check_fit(sources, base=recipe.base_model, stack=stack, may_change_depth=not recipe.models, faults=faults)
+    stacks = find_main_stack(sources.values())
     if recipe.models:
+        stack = stacks[0] if len(stacks) == 1 else None
+        check_fit(sources, base=recipe.base_model, stack=stack, may_change_depth=False, faults=faults)
         # What follows from different depths need not be said again, source by source.
         faults.raise_any()
-    return _Resolving(recipe=recipe, sources=sources, faults=faults, stack=stack).run()
+        every = frozenset(stack for source in sources.values() for stack in source.stacks)
+        return _Resolving(recipe=recipe, sources=sources, faults=faults, given=every).run_models(stack)
+    stack = _only_stack(stacks, faults)
+    check_fit(sources, base=recipe.base_model, stack=stack, may_change_depth=True, faults=faults)
+    return _Resolving(recipe=recipe, sources=sources, faults=faults, given=frozenset({stack})).run_slices(stack)
 
 
-def _main_stack(sources: Mapping[str, SourceLayers], faults: Faults) -> str:
-    stacks = find_main_stack(sources.values())
+def _only_stack(stacks: Sequence[str], faults: Faults) -> str:
     if len(stacks) != 1:
         faults.add(
             "ambiguous-stack",
             "it cannot be told which layers a layer_range means",
             error=IncompatibleError,
-            expected="sources with one stack of layers that is longer than all others",
+            expected="sources with one stack of layers that config.json counts, or that is longer than all others",
             found=" and ".join(stacks) or "no stack of layers",
             hint=_OWN_DIALECT,
         )
@@ -78,84 +84,115 @@ class _Resolving:
     recipe: MergekitRecipe
     sources: Mapping[str, SourceLayers]
     faults: Faults
-    stack: str
+    given: frozenset[str]
+    """The stacks whose blocks the recipe gives: of slices the main one, of models all."""
     picks: dict[str, _Pick] = field(default_factory=dict)
     """Auxiliary layer -> where it comes from."""
     missing: list[str] = field(default_factory=list)
     """Auxiliary layers without a source."""
 
-    def run(self) -> Resolution:
-        slices = self._slices()
+    def run_slices(self, stack: str) -> Resolution:
+        """Resolve ranges, which mean blocks of one stack."""
+        slices = self.recipe.slices
         with_blocks = [each for each in slices if each.num_blocks]
         without = [each for each in slices if not each.num_blocks]
         num_blocks = sum(each.num_blocks for each in with_blocks)
-        self._check_size(with_blocks, num_blocks)
+        self._check_size(with_blocks, num_blocks, stack)
         known = self._known_layers()
-        auxiliary = [layer for layer in known if layer.stack != self.stack]
+        auxiliary = [layer for layer in known if layer.stack != stack]
         self._pick_weights()
-        self._pick_optimizers(without, num_blocks, auxiliary)
-        blocks = list(self._blocks(with_blocks))
+        self._pick_optimizers(without, num_blocks, auxiliary, stack)
+        blocks = list(self._blocks(with_blocks, stack))
         others = {layer.name: self._auxiliary(layer, with_blocks) for layer in auxiliary}
         self._check_coverage()
         self.faults.raise_any()
         layers = tuple(self._ordered(known, blocks, others))
-        base = self.recipe.base_model or newest_source(self.sources)
+        return replace(self._resolution(layers, stack, num_blocks), base_depth=self._base_depth(stack))
+
+    def run_models(self, stack: str | None) -> Resolution:
+        """Resolve whole models: every layer by its name, whichever stack it is of."""
+        sources = tuple(
+            SliceSource(model=each.model, start=0, end=0, rules=each.rules, place=each.place)
+            for each in self.recipe.models
+        )
+        models = Slice(sources=sources, normalize=self.recipe.normalize, place=sources[0].place)
+        known = self._known_layers()
+        depths = {layer.stack: layer.index + 1 for layer in known if layer.stack and layer.index is not None}
+        names = dict.fromkeys(layer.name for layer in known if layer.stack is not None)
+        if stack is not None:
+            # All that the configuration counts have to be there, also where every source is partial.
+            depths[stack] = self._base_depth(stack)
+            self._check_count(depths[stack])
+            self.faults.raise_any()
+            names |= dict.fromkeys(block_name(stack, index) for index in range(depths[stack]))
+        for source in sources:
+            self._check_blocks_exist(source, names)
+        self._pick_weights()
+        targets = {layer.name: self._whole(layer, models, depths) for layer in known}
+        self._check_coverage()
+        self.faults.raise_any()
+        layers = tuple(target for target in targets.values() if target is not None)
+        num_blocks = None if stack is None else sum(layer.stack == stack for layer in known)
+        return self._resolution(layers, stack, num_blocks)
+
+    @property
+    def _base(self) -> str:
+        return self.recipe.base_model or newest_source(self.sources)
+
+    def _resolution(self, layers: tuple[TargetLayer, ...], stack: str | None, num_blocks: int | None) -> Resolution:
         return Resolution(
             layers=layers,
-            base=base,
-            state_from=base,
+            base=self._base,
+            state_from=self._base,
             method=method_of(layers),
             output=self.recipe.output,
-            tokenizer_from=base if self.recipe.tokenizer == "base" else self.recipe.tokenizer,
-            stack=self.stack,
+            tokenizer_from=self._base if self.recipe.tokenizer == "base" else self.recipe.tokenizer,
+            stack=stack,
             num_blocks=num_blocks,
         )
 
-    def _slices(self) -> tuple[Slice, ...]:
-        """The recipe's slices; for ``models`` one over all blocks."""
-        if self.recipe.slices:
-            return self.recipe.slices
-        depth = max(self._depth(source.model) for source in self.recipe.models)
-        sources = tuple(
-            SliceSource(model=each.model, start=0, end=depth, rules=each.rules, place=each.place)
-            for each in self.recipe.models
-        )
-        return (Slice(sources=sources, normalize=self.recipe.normalize, place=sources[0].place),)
-
-    def _depth(self, model: str) -> int:
+    def _depth(self, model: str, stack: str) -> int:
         """One past the highest block that a source can have."""
         source = self.sources[model]
-        return source.depth(self.stack) or max(source.stacks.get(self.stack, ()), default=-1) + 1
+        return source.depth(stack) or max(source.stacks.get(stack, ()), default=-1) + 1
 
-    def _check_size(self, slices: Sequence[Slice], num_blocks: int) -> None:
+    def _base_depth(self, stack: str) -> int:
+        """Blocks of the base's model; a base that holds few of them, and does not say it, is like the others."""
+        told = (self.sources[path].depth(stack) for path in (self._base, *self.sources))
+        deepest = max(self._depth(path, stack) for path in self.sources)
+        return next((depth for depth in told if depth is not None), deepest)
+
+    def _check_size(self, slices: Sequence[Slice], num_blocks: int, stack: str) -> None:
         """That every range is within its source; raises, as nothing else can be said then."""
         for source in (source for each in slices for source in each.sources):
-            if source.end > self._depth(source.model):
+            if source.end > self._depth(source.model, stack):
                 self.faults.add(
                     "layer-range-outside",
                     f"{source.model} does not have so many layers",
                     place=source.place,
                     error=IncompatibleError,
-                    expected=f"a range within [0, {self._depth(source.model)}]",
+                    expected=f"a range within [0, {self._depth(source.model, stack)}]",
                     found=f"[{source.start}, {source.end}]",
                 )
-        if not num_blocks or num_blocks > _MAX_BLOCKS:
+        self._check_count(num_blocks)
+        self.faults.raise_any()
+
+    def _check_count(self, num_blocks: int) -> None:
+        if not num_blocks or num_blocks > MAX_BLOCKS:
             self.faults.add(
                 "slice-coverage",
                 "the slices give no layer" if not num_blocks else "the slices give too many layers",
                 error=IncompatibleError,
-                expected=f"1 to {_MAX_BLOCKS:,} layers",
+                expected=f"1 to {MAX_BLOCKS:,} layers",
                 found=f"{num_blocks:,}",
             )
-        self.faults.raise_any()
 
     def _known_layers(self) -> tuple[Layer, ...]:
         """All layers of all sources in the base's order; of equals the fullest source comes first."""
-        first = self.recipe.base_model or newest_source(self.sources)
         rest = sorted(
-            (path for path in self.sources if path != first), key=lambda path: -len(self.sources[path].layers)
+            (path for path in self.sources if path != self._base), key=lambda path: -len(self.sources[path].layers)
         )
-        return join_layers([self.sources[path].layers for path in (first, *rest)])
+        return join_layers([self.sources[path].layers for path in (self._base, *rest)])
 
     def _is_tied(self, model: str, auxiliary: Sequence[Layer]) -> bool:
         said = [self.sources[model].tied, *(source.tied for source in self.sources.values())]
@@ -183,7 +220,7 @@ class _Resolving:
                 else self.faults.near(wish.name, source.by_fqn),
             )
             return None
-        if layer.stack == self.stack:
+        if layer.stack in self.given:
             self.faults.add(
                 "not-auxiliary",
                 f"{wish.name!r} belongs to the layer {layer.name}",
@@ -193,9 +230,11 @@ class _Resolving:
             return None
         return layer.name
 
-    def _pick_optimizers(self, slices: Sequence[Slice], num_blocks: int, auxiliary: Sequence[Layer]) -> None:
+    def _pick_optimizers(
+        self, slices: Sequence[Slice], num_blocks: int, auxiliary: Sequence[Layer], stack: str
+    ) -> None:
         for source in (source for each in slices for source in each.sources):
-            depth = self.sources[source.model].depth(self.stack) or num_blocks
+            depth = self.sources[source.model].depth(stack) or num_blocks
             is_tied = self._is_tied(source.model, auxiliary)
             role = role_of_unit(source.start, depth, is_tied=is_tied)
             layer = None if role is None else find_role(role, auxiliary)
@@ -241,33 +280,36 @@ class _Resolving:
                 found=pick.model,
             )
 
-    def _blocks(self, slices: Sequence[Slice]) -> Iterator[TargetLayer]:
+    def _blocks(self, slices: Sequence[Slice], stack: str) -> Iterator[TargetLayer]:
         position = 0
         for each in slices:
-            self._check_blocks_exist(each)
-            last = max(each.num_blocks - 1, 1)
+            for source in each.sources:
+                self._check_blocks_exist(source, [block_name(stack, i) for i in range(source.start, source.end)])
             for offset in range(each.num_blocks):
-                names = [block_name(self.stack, source.start + offset) for source in each.sources]
-                # As in mergekit, a slice of one layer has that layer at its end.
-                at = 1.0 if each.num_blocks == 1 else offset / last
-                target = self._average(block_name(self.stack, position), each, names, at)
+                names = [block_name(stack, source.start + offset) for source in each.sources]
+                target = self._average(block_name(stack, position), each, names, _share(offset, each.num_blocks))
                 if target is not None:
                     yield target
                 position += 1
 
-    def _check_blocks_exist(self, each: Slice) -> None:
-        for source in each.sources:
-            numbers = self.sources[source.model].stacks.get(self.stack, frozenset())
-            absent = [block_name(self.stack, i) for i in range(source.start, source.end) if i not in numbers]
-            if absent:
-                self.faults.add(
-                    "layer-not-in-source",
-                    f"{source.model} does not have these layers",
-                    place=source.place,
-                    error=IncompleteError,
-                    layer=absent[0] if len(absent) == 1 else None,
-                    found=f"no {summarize_names(absent)}",
-                )
+    def _check_blocks_exist(self, source: SliceSource, names: Iterable[str]) -> None:
+        absent = [name for name in names if name not in self.sources[source.model].by_name]
+        if absent:
+            self.faults.add(
+                "layer-not-in-source",
+                f"{source.model} does not have these layers",
+                place=source.place,
+                error=IncompleteError,
+                layer=absent[0] if len(absent) == 1 else None,
+                found=f"no {summarize_names(absent)}",
+            )
+
+    def _whole(self, layer: Layer, models: Slice, depths: Mapping[str, int]) -> TargetLayer | None:
+        """A layer of whole models; None if it has no source, which is noted."""
+        if layer.stack is None or layer.index is None:
+            return self._auxiliary(layer, [models])
+        at = _share(layer.index, depths[layer.stack])
+        return self._average(layer.name, models, [layer.name] * len(models.sources), at)
 
     def _average(self, name: str, each: Slice, names: Sequence[str], at: float) -> TargetLayer | None:
         """A layer of the target out of one layer of each source; None if a fault was noted."""
@@ -358,10 +400,18 @@ class _Resolving:
         """Model order: the target's blocks stand where the sources' do."""
         is_first = True
         for layer in known:
-            if layer.stack != self.stack:
+            if layer.stack not in self.given:
                 target = others[layer.name]
                 assert target is not None, layer.name
                 yield target
             elif is_first:
                 yield from blocks
                 is_first = False
+
+
+def _share(index: int, depth: int) -> float:
+    """How far down its stack a block is, from 0 to 1; as in mergekit a single one is at the end.
+
+    What stands behind the counted blocks, which mergekit does not know, is there, too.
+    """
+    return min(index / (depth - 1), 1.0) if depth > 1 else 1.0

@@ -10,7 +10,7 @@ from .faults import Faults
 from .patterns import LayerNames, find_range, summarize_names
 from .records import LayerChoice, NamedRecipe
 from .resolution import Resolution, TargetLayer, make_target, method_of
-from .sources import SourceLayers, block_name, check_fit, find_main_stack, join_layers, newest_source
+from .sources import MAX_BLOCKS, SourceLayers, block_name, check_fit, find_main_stack, join_layers, newest_source
 
 __all__ = ["resolve_named"]
 
@@ -26,7 +26,7 @@ def resolve_named(recipe: NamedRecipe, sources: Mapping[str, SourceLayers], faul
     _check_taken_once(takers, faults)
     for choice, layers_taken in zip(recipe.choices, taken, strict=True):
         _check_sources_have(choice, layers_taken, sources, faults)
-    missing = [name for name in names if name not in takers]
+    missing = [name for name in _whole_model(names, stack, sources) if name not in takers]
     if recipe.base is None and missing:
         faults.add(
             "layers-missing",
@@ -56,6 +56,17 @@ def _target_names(recipe: NamedRecipe, sources: Mapping[str, SourceLayers]) -> t
     # The fullest first, as its order is the model's.
     ordered = sorted(sources.values(), key=lambda source: -len(source.layers))
     return tuple(layer.name for layer in join_layers([source.layers for source in ordered]))
+
+
+def _whole_model(names: Sequence[str], stack: str | None, sources: Mapping[str, SourceLayers]) -> tuple[str, ...]:
+    """The layers of the sources, and the blocks that none of them has although one says how many there are."""
+    if stack is None:
+        return tuple(names)
+    depths = (source.depth(stack) for source in sources.values())
+    depth = next((depth for depth in depths if depth is not None), 0)
+    # One that is missing is enough to refuse; a configuration may say any number.
+    counted = (block_name(stack, index) for index in range(min(depth, MAX_BLOCKS)))
+    return tuple(dict.fromkeys([*names, *counted]))
 
 
 def _find_taken(recipe: NamedRecipe, names: LayerNames, faults: Faults) -> list[tuple[str, ...]]:

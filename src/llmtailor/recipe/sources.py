@@ -15,7 +15,10 @@ from ..layers import ROOT_STACK, Layer, LayerKind, LayerMap
 from .faults import Faults
 from .patterns import summarize_names
 
-__all__ = ["SourceLayers", "block_name", "check_fit", "find_main_stack", "join_layers", "newest_source"]
+__all__ = ["MAX_BLOCKS", "SourceLayers", "block_name", "check_fit", "find_main_stack", "join_layers", "newest_source"]
+
+MAX_BLOCKS = 10_000
+"""Most blocks of a stack that are looked at one by one; no model has so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +89,44 @@ def block_name(stack: str, index: int) -> str:
 
 
 def find_main_stack(sources: Iterable[SourceLayers]) -> tuple[str, ...]:
-    """The stack with most blocks; several where they are equal, none where there is no block."""
+    """The stack whose blocks the configurations count; else the one with most blocks, if it may be that.
+
+    Returns:
+        Several where it cannot be told which, none where there is no block.
+
+    Source:
+        transformers 5.23, models/glm4_moe (num_nextn_predict_layers: 1; hub models number that block after the others).
+    """
+    sources = tuple(sources)
+    blocks = _join_stacks(sources)
+    for num_uncounted in (0, 1):
+        counted = _find_counted(sources, num_uncounted)
+        if counted:
+            return tuple(stack for stack in blocks if stack in counted)
+    most = max(map(len, blocks.values()), default=0)
+    if most > max((source.num_blocks for source in sources if source.num_blocks is not None), default=most):
+        # A long vision tower beside a part of what is counted, say.
+        return tuple(blocks)
+    return tuple(stack for stack, numbers in blocks.items() if len(numbers) == most)
+
+
+def _find_counted(sources: Sequence[SourceLayers], num_uncounted: int) -> set[str]:
+    """The stacks that have as many blocks as each configuration says, and some that none counts."""
+    found = []
+    for count in {source.num_blocks for source in sources if source.num_blocks is not None}:
+        # Partial sources of one model hold its blocks together.
+        alike = _join_stacks(source for source in sources if source.num_blocks == count)
+        found.append({stack for stack, numbers in alike.items() if len(numbers) == count + num_uncounted})
+    return set.intersection(*found) if found else set()
+
+
+def _join_stacks(sources: Iterable[SourceLayers]) -> dict[str, set[int]]:
+    """Stack -> the numbers of its blocks in any of the sources."""
     blocks: dict[str, set[int]] = defaultdict(set)
     for source in sources:
         for stack, numbers in source.stacks.items():
             blocks[stack] |= numbers
-    most = max(map(len, blocks.values()), default=0)
-    return tuple(stack for stack, numbers in blocks.items() if len(numbers) == most)
+    return blocks
 
 
 def newest_source(sources: Mapping[str, SourceLayers]) -> str:

@@ -42,9 +42,17 @@ def check_picture(path: Path) -> None:
             path=path,
             expected="a name that ends in " + " or ".join(_FORMATS),
             found=path.suffix or "a name without an ending",
+            hint=f"--plot {path.stem}.png",
         )
     if not path.parent.is_dir():
-        raise InvalidInputError("there is no directory for the picture", kind="picture-directory", path=path.parent)
+        raise InvalidInputError(
+            "there is no directory for the picture",
+            kind="picture-directory",
+            path=path.parent,
+            expected="a directory",
+            found="a file" if path.parent.exists() else "nothing",
+            hint="make it, or choose another name with --plot",
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise UnsupportedError(
             "a picture needs matplotlib, which is not installed",

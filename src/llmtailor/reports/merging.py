@@ -25,6 +25,12 @@ class Merging:
     """The new checkpoint; None if it was only planned."""
     secs: float | None = None
     """Time it took, planning included."""
+    warned: tuple[str, ...] = ()
+    """What turned out when it was written."""
+
+    @property
+    def _notes(self) -> tuple[str, ...]:
+        return (*self.plan.notes, *self.warned)
 
     def names(self) -> list[str]:
         """The new checkpoint; of a plan, its sources."""
@@ -56,7 +62,7 @@ class Merging:
             "linked_bytes": plan.linked_nbytes,
             "num_files": len(plan.files.files) + len(plan.files.links) + (plan.files.seal is not None),
             "secs": self.secs,
-            "notes": list(plan.notes),
+            "notes": list(self._notes),
         }
 
     def tables(self) -> Iterator[RenderableType]:
@@ -77,9 +83,9 @@ class Merging:
         yield table
         yield heading("result" if self.output is not None else "would be")
         yield facts_table(self._facts())
-        if self.plan.notes:
+        if self._notes:
             yield heading("to know")
-            yield from (line(f"  {note}") for note in self.plan.notes)
+            yield from (line(f"  {note}") for note in self._notes)
 
     def _facts(self) -> Iterator[tuple[str, object]]:
         plan = self.plan

@@ -28,7 +28,7 @@ class Removal:
     kept: tuple[RunEntry, ...]
     """Whole checkpoints that stay, oldest first."""
     ignored: tuple[RunEntry, ...]
-    """Damaged checkpoints: neither counted nor removed."""
+    """Neither counted nor removed: damaged checkpoints, those without a manifest, what stays set aside."""
     thinned: tuple[RunEntry, ...] = ()
     """Of those that stay: they lose their optimizer state."""
     bound: tuple[RunEntry, ...] = ()
@@ -121,12 +121,12 @@ class Removal:
         else:
             yield line("nothing to remove")
         if not self.kept:
-            yield line("no checkpoint stays")
+            yield line("there is no whole checkpoint of LLMTailor")
         else:
             yield line("")
             yield self._kept_table()
         for entry in self.ignored:
-            yield line(f"left alone: {entry.path.name}, {entry.detail}; resume sets it aside")
+            yield line(f"left alone: {entry.path.name}, {_why_ignored(entry)}")
 
     def _kept_table(self) -> Table:
         from .tables import cell, plain_table
@@ -135,6 +135,18 @@ class Removal:
         for entry in self.kept:
             table.add_row(cell(entry.path.name), cell(self._optimizer(entry)), cell("; ".join(self._why(entry))))
         return table
+
+
+def _why_ignored(entry: RunEntry) -> str:
+    match entry.state:
+        case State.FOREIGN:
+            return f"no {MANIFEST_NAME}: another tool's, or half a checkpoint"
+        case State.BAD:
+            return "failed verification and was set aside; --bad removes it"
+        case State.SUPERSEDED:
+            return "of an abandoned branch; --superseded removes it"
+        case _:
+            return f"{entry.detail}; resume sets it aside"
 
 
 def _is_full(entry: RunEntry) -> bool:
@@ -168,7 +180,8 @@ def _removal_table(what: str, size: str, rows: Sequence[tuple[RunEntry, int]]) -
 def plan_removal(inventory: Inventory, keep: Keep, *, pinned: Collection[int], states: Collection[State]) -> Removal:
     """Choose what goes.
 
-    A damaged checkpoint is not counted, so that it cannot push out a good one, and is not removed.
+    A damaged checkpoint is not counted, so that it cannot push out a good one, and is not removed; nor is one without
+    a manifest, which may be another tool's.
 
     Args:
         inventory: The run.
@@ -186,10 +199,12 @@ def plan_removal(inventory: Inventory, keep: Keep, *, pinned: Collection[int], s
         raise _no_metric(inventory, keep.metric, whole)
     choice = choose_removals(candidates, keep, pinned=pinned)
     aside = [entry for entry in inventory.others if entry.state in states]
+    damaged = [entry for entry in inventory.checkpoints if entry.state is State.DAMAGED]
+    others = [entry for entry in inventory.others if entry.state not in states and entry.state is not State.IN_FLIGHT]
     return Removal(
         doomed=(*(entry for entry in whole if entry.step in choice.removed), *aside),
         kept=tuple(entry for entry in whole if entry.step in choice.reasons),
-        ignored=tuple(entry for entry in inventory.checkpoints if entry.state is State.DAMAGED),
+        ignored=(*damaged, *others),
         thinned=tuple(entry for entry in whole if entry.step in choice.thinned),
         bound=tuple(entry for entry in whole if entry.step in choice.bound),
         reasons=choice.reasons,

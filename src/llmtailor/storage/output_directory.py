@@ -19,6 +19,7 @@ import re
 import secrets
 import stat
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import AlreadyExistsError, IntegrityError, LinkFallbackWarning, NotFoundError, WriteError
@@ -60,6 +61,8 @@ class OutputDirectory(StagedCheckpoint):
         self._new_parents: list[Path] = []
         self._place = self._target.parent
         self._lock: int | None = None
+        self._unlinked: dict[str, list[tuple[Path, int]]] = {}
+        """Why files could not be linked -> them, and their sizes."""
         with translate_os_errors("look at the target", target):
             if os.path.lexists(self._target):
                 raise _taken(self._target)
@@ -142,7 +145,7 @@ class OutputDirectory(StagedCheckpoint):
         """Give a file that never changes a second name here.
 
         Returns:
-            False, with a warning, if that cannot be: the caller has to copy it.
+            False if that cannot be: the caller has to copy it, and ``publish`` warns.
 
         Raises:
             NotFoundError: It is gone.
@@ -152,7 +155,7 @@ class OutputDirectory(StagedCheckpoint):
         with translate_os_errors("link a file", source):
             status = _check_link(source, nbytes)
             if status.st_mode & _ANY_WRITE:
-                return _refuse_link(source, nbytes, "it can be changed in place, through either name")
+                return self._refuse_link(source, nbytes, "it can be changed in place, through either name")
         path = self._prepare(name)
         with translate_os_errors("link a file", path):
             try:
@@ -161,8 +164,12 @@ class OutputDirectory(StagedCheckpoint):
                 if err.errno not in _NO_LINK:
                     raise
                 self._names.discard(name)
-                return _refuse_link(source, nbytes, str(err.strerror))
+                return self._refuse_link(source, nbytes, str(err.strerror))
         return True
+
+    def _refuse_link(self, source: Path, nbytes: int, why: str) -> bool:
+        self._unlinked.setdefault(why, []).append((source, nbytes))
+        return False
 
     def path_of(self, name: str) -> Path:
         """Where a file lies while the attempt is in flight."""
@@ -178,7 +185,7 @@ class OutputDirectory(StagedCheckpoint):
         self._fsync_files()
 
     def publish(self) -> Path:
-        """Make all names durable and give the directory its own.
+        """Make all names durable and give the directory its own. Warns once of files that could not be linked.
 
         Returns:
             The target.
@@ -188,6 +195,8 @@ class OutputDirectory(StagedCheckpoint):
             WriteError: Nothing was published.
         """
         self.sync()
+        for why, files in self._unlinked.items():
+            _warn_of_copies(why, files)
         with translate_os_errors("make a checkpoint durable", self.path):
             for directory in sorted(self._directories, key=lambda path: len(path.parts), reverse=True):
                 self._filesystem.fsync_directory(directory)
@@ -295,13 +304,10 @@ def _check_link(source: Path, nbytes: int) -> os.stat_result:
     return status
 
 
-def _refuse_link(source: Path, nbytes: int, why: str) -> bool:
-    warnings.warn(
-        f"no hard link to {source}: {why}; it is copied, which costs up to {nbytes} bytes",
-        LinkFallbackWarning,
-        stacklevel=3,
-    )
-    return False
+def _warn_of_copies(why: str, files: Sequence[tuple[Path, int]]) -> None:
+    first, nbytes = files[0][0], sum(each for _, each in files)
+    told = f"{first}: {why}; it is" if len(files) == 1 else f"{len(files)} files, such as {first}: {why}; they are"
+    warnings.warn(f"no hard link to {told} copied, which costs up to {nbytes} bytes", LinkFallbackWarning, stacklevel=3)
 
 
 def _taken(target: Path) -> AlreadyExistsError:

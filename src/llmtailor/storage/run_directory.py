@@ -82,8 +82,12 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
-def list_checkpoints(run: Path) -> list[CheckpointEntry]:
+def list_checkpoints(run: Path, *, first_step: int = 0) -> list[CheckpointEntry]:
     """Checkpoints of a run, oldest step first. Opens none of them.
+
+    Args:
+        run: Its directory.
+        first_step: Those of earlier steps are left out, and not looked at.
 
     Raises:
         NotFoundError: The run is not a directory.
@@ -105,7 +109,9 @@ def list_checkpoints(run: Path) -> list[CheckpointEntry]:
             path=run / name, step=int(match.group(1)), has_manifest=_is(stat.S_ISREG, run / name / MANIFEST_NAME)
         )
         for name in names
-        if (match := _CHECKPOINT.fullmatch(name)) and _is(stat.S_ISDIR, run / name)
+        if (match := _CHECKPOINT.fullmatch(name))
+        and int(match.group(1)) >= first_step
+        and _is(stat.S_ISDIR, run / name)
     ]
     return sorted(entries, key=lambda entry: entry.step)
 
@@ -186,8 +192,9 @@ class RunDirectory:
         seat: StagingSeat | None = None,
         on_warning: Callable[[TailorWarning], None] = warn,
     ) -> None:
-        self.path = path
+        self.path = path = path.absolute()  # what trains may go elsewhere
         self._on_warning = on_warning
+        self._told_fallbacks: set[tuple[str, bool]] = set()
         self._filesystem = filesystem or LocalFileSystem()
         self._staging = path / STAGING_NAME
         self._mutex = threading.Lock()
@@ -271,8 +278,11 @@ class RunDirectory:
         claim = self._claim(f"{step}-{secrets.token_hex(8) if seat is None else f'{seat.session}-{attempt}'}")
         try:
             if seat is not None:
-                return SharedCheckpoint(self._filesystem, claim, target, seat, self._on_warning)
-            return StagedCheckpoint(self._filesystem, claim, target, self._on_warning)
+                staged: StagedCheckpoint = SharedCheckpoint(self._filesystem, claim, target, seat, self._on_warning)
+            else:
+                staged = StagedCheckpoint(self._filesystem, claim, target, self._on_warning)
+            staged.told_fallbacks = self._told_fallbacks
+            return staged
         except BaseException:
             self._release(claim)
             raise
@@ -369,7 +379,8 @@ class RunDirectory:
         run, all of the run before it: falling back must never cross from one run into another.
         """
         with translate_os_errors("list the checkpoints of the run", self.path):
-            entries = list_checkpoints(self.path)
+            # A run may keep thousands, and this happens at every save.
+            entries = list_checkpoints(self.path, first_step=0 if is_first else step)
         return {
             entry.path: _free_name(entry.path, "superseded")
             for entry in entries
@@ -467,6 +478,7 @@ class RunDirectory:
         aside = self._claim(aside_name(path).name)
         try:
             staged = StagedCheckpoint(self._filesystem, attempt, path, self._on_warning)
+            staged.told_fallbacks = self._told_fallbacks
             replace_published(self._filesystem, staged, path, files, manifest)
         finally:
             self._release(aside)

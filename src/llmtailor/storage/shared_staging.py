@@ -80,6 +80,7 @@ class SharedCheckpoint(StagedCheckpoint):
         Raises:
             WriteError: The attempt must be abandoned.
         """
+        self._tell_fallbacks()
         self._fsync_files()
         with translate_os_errors("hand over the files of a rank", self._common):
             # From the top down: each is there before what is in it.

@@ -15,7 +15,7 @@ import os
 import stat
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -86,6 +86,10 @@ def _check_source(record: FileRecord, source: Path) -> None:
         )
 
 
+# Not weak: the callback of a weak reference would swallow a Ctrl-C that comes while it runs.
+_STAGED: set[StagedCheckpoint] = set()
+
+
 def warn(warning: TailorWarning) -> None:
     """Tell the user at once; for threads of the user's alone."""
     warnings.warn(warning, stacklevel=4)
@@ -149,6 +153,11 @@ class StagedCheckpoint:
         self._open_files: list[int] = []
         """Finished, to be made durable."""
         self._unfinished: set[int] = set()
+        self._syncing: set[int] = set()
+        self._fallbacks: Counter[tuple[str, bool]] = Counter()
+        """Links that were refused: why, and whether that cost a copy -> bytes of these files."""
+        self.told_fallbacks: set[tuple[str, bool]] = set()
+        """What the user was told of; one set for all attempts of a run, whose every save would else say it again."""
         self._directories: set[Path] = set()
         self._names: set[str] = set()
         self.path = attempt / target.name
@@ -160,6 +169,7 @@ class StagedCheckpoint:
         except WriteError:
             self._discard_own()
             raise
+        _STAGED.add(self)
 
     @property
     def claim(self) -> Path:
@@ -218,11 +228,20 @@ class StagedCheckpoint:
     def _clone(self, source: Path, path: Path, record: FileRecord, refusal: OSError) -> None:
         try:
             self._filesystem.reflink(source, path)
-            cost = "a reflink was made, which costs no space"
+            is_copy = False
         except OSError:
             self._filesystem.copy(source, path)
-            cost = f"a copy was made, which costs {record.bytes} bytes and their time"
-        self._on_warning(LinkFallbackWarning(f"no hard link from {source}: {refusal.strerror}; {cost}"))
+            is_copy = True
+        self._fallbacks[str(refusal.strerror), is_copy] += record.bytes
+
+    def _tell_fallbacks(self) -> None:
+        """Of links that were refused, once for each reason."""
+        for (reason, is_copy), nbytes in self._fallbacks.items():
+            if (reason, is_copy) not in self.told_fallbacks:
+                self.told_fallbacks.add((reason, is_copy))
+                cost = f"copies were made, which cost {nbytes} bytes and their time" if is_copy else "they are reflinks"
+                text = f"no hard links into {self._target.parent}: {reason}; {cost}, and so it goes on at every save"
+                self._on_warning(LinkFallbackWarning(text))
 
     def adopt_rest(self) -> tuple[FileRecord, ...]:
         """Take in every file somebody else put under ``path``: digest, make read-only, and sync with the others.
@@ -273,6 +292,7 @@ class StagedCheckpoint:
         Raises:
             WriteError: Nothing was published.
         """
+        self._tell_fallbacks()
         self._fsync_files()
         path = self._prepare(MANIFEST_NAME)
         with translate_os_errors("write the manifest", path):
@@ -297,6 +317,7 @@ class StagedCheckpoint:
         """
         with translate_os_errors("publish a checkpoint", self._target):
             self._filesystem.rename(self.path, self._target)
+        _STAGED.discard(self)
         # Published: what is left is an empty directory, and the next sweep takes it if this does not.
         with contextlib.suppress(OSError):
             self._filesystem.remove_empty_directory(self.attempt)
@@ -310,11 +331,14 @@ class StagedCheckpoint:
         self._discard_own()
 
     def _discard_own(self) -> None:
-        for descriptor in [*self._open_files, *self._unfinished]:
-            with contextlib.suppress(OSError):
-                self._filesystem.close(descriptor)
+        descriptors = [*self._open_files, *self._unfinished]
+        # First: what is noted down is closed in a forked child, where the number may be another file's by then.
         self._open_files.clear()
         self._unfinished.clear()
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):
+                self._filesystem.close(descriptor)
+        _STAGED.discard(self)
         with contextlib.suppress(OSError):
             self._filesystem.remove_tree(self.attempt)
 
@@ -357,10 +381,20 @@ class StagedCheckpoint:
             if descriptor not in self._open_files:
                 return  # another batch has it
             self._open_files.remove(descriptor)
+            self._syncing.add(descriptor)
         try:
             self._filesystem.fsync(descriptor)
         finally:
+            self._syncing.discard(descriptor)
             self._filesystem.close(descriptor)
+
+    def _forget(self) -> None:
+        """Close this process's copies of the files. Takes no lock: in a child nobody is there to let go of it."""
+        descriptors = {*self._open_files, *self._unfinished, *self._syncing}
+        self._open_files, self._unfinished, self._syncing = [], set(), set()
+        for descriptor in descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def _run_in_threads(work: Callable[[], None], count: int) -> None:
@@ -384,3 +418,12 @@ def _run_in_threads(work: Callable[[], None], count: int) -> None:
 
 def _raise(err: OSError) -> NoReturn:
     raise err
+
+
+def _forget_in_child() -> None:
+    # A forked child (a DataLoader worker) would keep the space of a checkpoint that is removed while it lives.
+    for staged in _STAGED:
+        staged._forget()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -135,7 +135,7 @@ def measured(layers: Sequence[LayerStatus], measure: str, *, hint: str = _BY_AGE
 
     Raises:
         InvalidInputError: Kind ``no-drift``: layers that nobody measured; ``no-importance`` or ``no-update``: layers
-            whose optimizer does not tell it.
+            whose optimizer does not tell it, or is not saved.
     """
     unseen = [layer.name for layer in layers if layer.drift is None or layer.drift.relative is None]
     if unseen:
@@ -151,10 +151,10 @@ def measured(layers: Sequence[LayerStatus], measure: str, *, hint: str = _BY_AGE
     unknown = [name for name, value in values.items() if value is None]
     if unknown:
         raise InvalidInputError(
-            f"this strategy needs the {measure} of layers, and their optimizer does not tell it",
+            f"this strategy needs the {measure} of layers, and the optimizer state that is saved does not tell it",
             kind=f"no-{measure}",
             layer=unknown[0],
-            expected="an optimizer that keeps moments of every weight, as AdamW does",
+            expected="an optimizer that keeps moments of every weight, as AdamW does, and is saved with the weights",
             found=f"no moments of {_names_of(unknown)}",
             hint=hint,
         )

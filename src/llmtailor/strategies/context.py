@@ -70,7 +70,8 @@ class Strategy(ABC):
     """
 
     max_age: int | None
-    """A layer older than this many optimizer steps is written whatever ``select`` says; None: no such bound."""
+    """A layer older than this many optimizer steps is written whatever ``select`` says; None, or a strategy without it:
+    no such bound."""
 
     @property
     def needs_drift(self) -> bool:
@@ -79,7 +80,9 @@ class Strategy(ABC):
 
     def must_write(self, layer: LayerStatus, context: SaveContext) -> bool:
         """Whether ``choose_layers`` writes the layer whatever ``select`` says: it was never saved, or is too old."""
-        return context.is_first(layer) or (self.max_age is not None and context.age_of(layer) > self.max_age)
+        # Not by a value in this class: a dataclass would take it for the default of a ``max_age`` that has none.
+        max_age: int | None = getattr(self, "max_age", None)
+        return context.is_first(layer) or (max_age is not None and context.age_of(layer) > max_age)
 
     @abstractmethod
     def select(self, context: SaveContext) -> frozenset[str]:
@@ -103,7 +106,9 @@ def check_names(names: Iterable[object], context: SaveContext) -> frozenset[str]
     """
     known = [layer.name for layer in context.layers]
     chosen = list(names)
-    unknown = [name for name in chosen if name not in known]
+    # A function of the user's may return anything, also what has no hash.
+    looked_up = frozenset(known)
+    unknown = [name for name in chosen if not isinstance(name, str) or name not in looked_up]
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), known, n=3)
         raise InvalidInputError(

@@ -3,6 +3,7 @@
 from .ballot import Ballot
 from .coded_images import CodedImage, code_layer
 from .engine import Engine
+from .frames import forget_frames
 from .handle import Durability, SaveHandle, SaveStats
 from .images import FileImage, LayerImage, find_masters, optimizer_image, weights_image
 from .job import LinkedFile, SaveCost, SaveJob, WrittenCodes, WrittenLayer
@@ -30,6 +31,7 @@ __all__ = [
     "admit",
     "code_layer",
     "find_masters",
+    "forget_frames",
     "optimizer_image",
     "weights_image",
 ]

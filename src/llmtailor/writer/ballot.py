@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 _GRACE_SECS = 15.0
 # A directory of a network file system may show a new file only after so long.
 _VISIBLE_SECS = 10.0
+# All ranks look for the same earlier files at about the same time.
+_OTHERS_SECS = 5.0
 # A few kilobytes need no longer, whatever the files may need.
 _POST_SECS = 30.0
 
@@ -188,6 +190,9 @@ class Ballot:
             )
         except LateError:
             logger.warning("not all ranks voted for checkpoint-%d", self.step)
+        return self._take_votes()
+
+    def _take_votes(self) -> Mapping[int, Vote]:
         keys = {self._vote_key(rank): rank for rank in range(self.ranks.size)}
         found = self.ranks.take_those_there(keys, timeout_secs=min(60.0, self._timeout_secs))
         return {keys[key]: self._read_vote(keys[key], data) for key, data in found.items()}
@@ -317,45 +322,62 @@ class Ballot:
                 logger.warning("what became of checkpoint-%d is not known: %s", self.step, err)
         return self.verdict
 
-    def fail(self, error: BaseException, *, waits: bool = True) -> None:
+    def fail(self, error: BaseException, *, lost: Sequence[str] = (), waits: bool = True) -> None:
         """Say that this rank's part of the save failed; more than once is fine. Never raises; any thread.
 
         Args:
             error: What stopped it.
+            lost: See ``Vote.lost``.
             waits: Hear what the coordinator makes of it, for a while: the next save is planned with that.
         """
         try:
             if self.ranks.is_coordinator:
-                self._announce(self._verdict_on(error))
-            elif self._post_failure(error) and waits:
+                self._announce(self._verdict_on(error, lost))
+            elif self._post_failure(error, lost) and waits:
                 self.verdict = self._read_verdict(
                     self.ranks.take(self._verdict_key, timeout_secs=self._timeout_secs + _GRACE_SECS)
                 )
         except Exception as err:  # whoever ends the save has to go on, whatever this is
             logger.warning("checkpoint-%d failed here, and of the other ranks nothing is known: %s", self.step, err)
 
-    def _verdict_on(self, error: BaseException) -> Verdict:
+    def _verdict_on(self, error: BaseException, lost: Sequence[str]) -> Verdict:
         fault = self._fault
         if fault is None:
             text = f"{self._vote().name} failed: {_describe(error)}"
-            fault = Fault(kind="rank-failed", text=text, lost=_lost_by(error))
+            fault = Fault(kind="rank-failed", text=text, lost=tuple(lost))
         told = fault.to_error(self.step)
+        all_lost = {*fault.lost, *self._lost, *(self._find_lost_elsewhere() if fault.lost else ())}
         parent = self._newest() or (None, None)
         return Verdict(
             step=self.step,
             error=told.what,
             kind=told.kind,
-            lost=tuple(sorted({*fault.lost, *self._lost})),
+            lost=tuple(sorted(all_lost)),
             parent_step=parent[0],
             parent=parent[1],
         )
 
-    def _post_failure(self, error: BaseException) -> bool:
+    def _find_lost_elsewhere(self) -> set[str]:
+        """What other ranks miss: one rank at a time, each would cost a save."""
+        size = self.ranks.size - (self._own is None)
+        counters = [self._counter("voted"), self._counter("failed")]
+        try:
+            self.ranks.wait_for_count(
+                counters, lambda counts: sum(counts) >= size, min(_OTHERS_SECS, self._timeout_secs)
+            )
+        except LateError:
+            logger.debug("not all ranks said which files they miss of those before checkpoint-%d", self.step)
+        try:
+            return {layer for vote in self._take_votes().values() for layer in vote.lost}
+        except LateError:
+            return set()
+
+    def _post_failure(self, error: BaseException, lost: Sequence[str]) -> bool:
         with self._mutex:
             if self._has_spoken:
                 return False
             self._has_spoken = True
-        vote = self._vote(error=_describe(error), lost=_lost_by(error))
+        vote = self._vote(error=_describe(error), lost=tuple(lost))
         self._post_vote(encode_message(vote), "failed")
         return True
 
@@ -439,12 +461,4 @@ def _describe(error: BaseException) -> str:
     return to_line(error) or type(error).__name__
 
 
-def _lost_by(error: BaseException) -> tuple[str, ...]:
-    """The layer of which an earlier file cannot be linked, if that is what stopped a rank."""
-    layer = getattr(error, "layer", None)
-    return (layer,) if isinstance(layer, str) and getattr(error, "kind", None) in _LOST else ()
-
-
 _HINT = "the next save works when the fault is gone; older checkpoints are intact"
-# What says that an earlier file cannot be linked.
-_LOST = frozenset({"missing-file", "file-size", "not-regular"})

@@ -19,25 +19,28 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import TailorError, WriteError
+from ..errors import FormatError, NotFoundError, TailorError, WriteError
 from ..manifest import FileRecord, LayerRecord, Manifest, encode_manifest
 from ..storage import FileReader, RunDirectory, SharedCheckpoint, pad
 from ..storage.staging import translate_os_errors
 from ..strategies import ERROR_LIMIT, NO_BASE
 from .ballot import Ballot
 from .base_file import BaseFile, BaseLayer
+from .bell import Bell
 from .coded_images import CodedImage
 from .coding import EncodedLayer, LayerEncoder
 from .copying import ImageReader
 from .devices import Lanes
+from .frames import forget_frames
 from .handle import SaveHandle
 from .images import FileImage, LayerImage
 from .job import SaveJob
 from .life import SaveState
+from .lost_files import find_lost, find_lost_bases, name_lost
 from .pool import HostPool, default_pool_nbytes
 from .saving import FilePiece, GrowingFile, Saving, Stopped
 
@@ -65,11 +68,13 @@ class Engine:
         self._captures: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._pieces: queue.SimpleQueue[FilePiece | None] = queue.SimpleQueue()
         self._commits: queue.SimpleQueue[Saving | None] = queue.SimpleQueue()
-        self._changed = threading.Condition()
+        self._changed = Bell()
         self._in_flight: list[Saving] = []
+        """Appended to by the training thread, removed from by the one that commits; each is one operation."""
         self._is_tidying = False
         """The commit thread works for a save that is published."""
         self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()
         self._pid = os.getpid()
 
     @property
@@ -92,8 +97,11 @@ class Engine:
     def submit(self, job: SaveJob, handle: SaveHandle, *, called: float) -> None:
         """Begin a save; the handle tells the rest. Called by the training thread.
 
+        A signal's handler may raise anywhere in here. Whoever gets an exception asks ``has_taken``: a save that was
+        taken goes on, and its attempt and its handle are the engine's; any other is still the caller's.
+
         Args:
-            job: What is to be done. The engine ends the attempt, whatever happens.
+            job: What is to be done.
             handle: For the caller.
             called: When the save began, by ``time.perf_counter``.
 
@@ -106,9 +114,15 @@ class Engine:
         except BaseException:
             self._run.abandon(job.staged)
             raise
-        with self._changed:
-            self._in_flight.append(saving)
-        self._captures.put(lambda: self._run_capture(saving))
+        try:
+            self._in_flight.append(saving)  # in one operation it is taken, or it is not
+        finally:
+            self._captures.put(self._capture_new)
+
+    def has_taken(self, handle: SaveHandle) -> bool:
+        """True if a save is the engine's, or was until it ended."""
+        is_here = any(saving.handle is handle for saving in [*self._in_flight])
+        return is_here or handle.state is not SaveState.CAPTURING
 
     def note_return(self, handle: SaveHandle) -> None:
         """The call that began a save returns now; what it took is stall."""
@@ -117,25 +131,44 @@ class Engine:
                 saving.moments.returned = time.perf_counter()
 
     def _start_threads(self) -> None:
+        """Have them started by a thread that no signal's handler interrupts, for half a start would stay so."""
         if self._threads:
             return
+        refusals: list[RuntimeError] = []
+        starter = threading.Thread(target=lambda: self._start_all(refusals), name="llmtailor-start", daemon=True)
+        try:
+            starter.start()
+        except RuntimeError as err:  # threading says so of a limit on processes
+            refusals.append(err)
+        else:
+            starter.join()
+        if refusals:
+            raise WriteError(
+                "cannot start the threads that write checkpoints",
+                kind="io",
+                hint="raise the limit on processes (ulimit -u); older checkpoints were not touched",
+            ) from refusals[0]
+
+    def _start_all(self, refusals: list[RuntimeError]) -> None:
         loops: list[tuple[str, Callable[[], None]]] = [
             ("capture", lambda: _work_off(self._captures, lambda task: task())),
             ("commit", lambda: _work_off(self._commits, self._end)),
         ]
         loops += [(f"write-{n}", lambda: _work_off(self._pieces, self._write)) for n in range(_NUM_WRITERS)]
-        try:
-            for name, loop in loops:
-                thread = threading.Thread(target=loop, name=f"llmtailor-{name}", daemon=True)
-                thread.start()
-                self._threads.append(thread)
-        except RuntimeError as err:  # threading says so of a limit on processes
-            self._stop_threads()
-            raise WriteError(
-                "cannot start the threads that write checkpoints",
-                kind="io",
-                hint="raise the limit on processes (ulimit -u); older checkpoints were not touched",
-            ) from err
+        with self._starting:
+            if self._threads:  # whoever had them started before was interrupted while it waited
+                return
+            threads: list[threading.Thread] = []
+            try:
+                for name, loop in loops:
+                    thread = threading.Thread(target=loop, name=f"llmtailor-{name}", daemon=True)
+                    thread.start()
+                    threads.append(thread)
+            except RuntimeError as err:
+                refusals.append(err)
+                self._stop(threads)
+            else:
+                self._threads = threads
 
     # ---- Waiting ----
 
@@ -144,14 +177,15 @@ class Engine:
         if not self._in_flight or os.getpid() != self._pid:
             # A forked process has a copy of the state to itself, and none of the threads.
             return
+        self._wake()
         for saving in list(self._in_flight):
             if not saving.is_captured:
                 saving.wait_until_captured()
 
     def wait_for_room(self, limit: int) -> None:
         """Wait until fewer than so many saves are in flight."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._in_flight) < limit)
+        self._wake()
+        self._changed.wait_for(lambda: len(self._in_flight) < limit)
 
     def drain(self, timeout_secs: float | None = None) -> bool:
         """Wait until no save is in flight, and old checkpoints that may go are gone.
@@ -161,25 +195,31 @@ class Engine:
         """
         if os.getpid() != self._pid:
             return True
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._in_flight and not self._is_tidying, timeout_secs)
+        self._wake()
+        return self._changed.wait_for(lambda: not self._in_flight and not self._is_tidying, timeout_secs)
+
+    def _wake(self) -> None:
+        """Say again that there are saves to capture: a signal's handler may have raised before it was said."""
+        if not all(saving.has_begun for saving in [*self._in_flight]):
+            self._captures.put(self._capture_new)
 
     def close(self) -> None:
         """Wait for all saves, then end the threads and let go of the memory; more than once is fine."""
         self.drain()
         if os.getpid() == self._pid:
-            self._stop_threads()
+            with self._starting:
+                self._stop(self._threads)
+                self._threads = []
             self._pool.close()
             self._encoder.close()
 
-    def _stop_threads(self) -> None:
+    def _stop(self, threads: Sequence[threading.Thread]) -> None:
         self._captures.put(None)
         self._commits.put(None)
         for _ in range(_NUM_WRITERS):
             self._pieces.put(None)
-        for thread in self._threads:
+        for thread in threads:
             thread.join()
-        self._threads.clear()
         # Not all may have been started: what nobody was there to read must not end the threads of another try.
         self._captures, self._pieces, self._commits = queue.SimpleQueue(), queue.SimpleQueue(), queue.SimpleQueue()
 
@@ -192,15 +232,25 @@ class Engine:
         except (OSError, MemoryError, RuntimeError) as err:  # the first save will say it where it matters
             logger.warning("host memory for saves could not be prepared: %s", err)
 
+    def _capture_new(self) -> None:
+        """Capture the saves that nobody has begun; none, if what is said here was said twice."""
+        for saving in [*self._in_flight]:
+            if not saving.has_begun:
+                saving.has_begun = True
+                self._run_capture(saving)
+
     def _run_capture(self, saving: Saving) -> None:
         try:
             self._capture(saving)
         except BaseException as err:
             saving.fail(err)
-        finally:
-            saving.end_capture()
+        saving.end_capture()
+        try:
             if not saving.has_failed:
                 saving.handle.advance(SaveState.CAPTURED)
+        except BaseException as err:
+            saving.fail(err)
+        finally:
             self._commits.put(saving)
 
     def _capture(self, saving: Saving) -> None:
@@ -223,8 +273,7 @@ class Engine:
         saving.pool_nbytes = self._pool.high_water_nbytes + scratch_nbytes
 
     def _wait_for_earlier(self, saving: Saving) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._in_flight[0] is saving)
+        self._changed.wait_for(lambda: self._in_flight[0] is saving)
 
     def _files(
         self, saving: Saving, image: LayerImage | CodedImage, readers: Sequence[FileReader]
@@ -256,7 +305,11 @@ class Engine:
                     saving.note_encoded(image.layer, NO_BASE)
                     return None
                 pairs = zip(records, readers, strict=False)
-                files = [stack.enter_context(BaseFile(found[0], record, reader)) for record, reader in pairs]
+                try:
+                    files = [stack.enter_context(BaseFile(found[0], record, reader)) for record, reader in pairs]
+                except (NotFoundError, FormatError) as err:
+                    _note_lost(saving, err, image.layer, {image.layer, *find_lost_bases(saving.job)})
+                    raise
                 base = BaseLayer(*files)
             encoded = self._encoder.encode(image, base, check_readable)
         saving.note_encoded(image.layer, ERROR_LIMIT if encoded is None else encoded)
@@ -311,30 +364,30 @@ class Engine:
             saving.raise_if_failed()
             path = self._commit(saving)
         except BaseException as err:
+            forget_frames(err)
             self._end_failed(saving, err)
-        with self._changed:
-            self._in_flight.remove(saving)
-            self._is_tidying = True
-            self._changed.notify_all()
+        self._is_tidying = True  # first: whoever drains must not see neither
+        self._in_flight.remove(saving)
+        self._changed.ring()
         # Nobody waits for what comes now: removing gigabytes takes a disk its time.
         try:
             if path is not None:
                 saving.job.tidy_up(path)
         except BaseException:
             logger.exception("after checkpoint-%d was published", saving.job.step)
-        with self._changed:
-            self._is_tidying = False
-            self._changed.notify_all()
+        self._is_tidying = False
+        self._changed.ring()
 
     def _commit(self, saving: Saving) -> Path:
         job, handle, staged = saving.job, saving.handle, saving.staged
         handle.advance(SaveState.WRITTEN)
         written = saving.written_layers()
-        for link in job.plan_links(written):
+        links = job.plan_links(written)
+        for link in links:
             try:
                 staged.link_file(link.record, link.source)
             except TailorError as err:
-                err.layer = link.layer
+                _note_lost(saving, err, link.layer, find_lost(links))
                 raise
         manifest = job.build_manifest(written, staged.adopt_rest(), saving.cost())
         saving.raise_if_failed()
@@ -371,12 +424,20 @@ class Engine:
     def _end_failed(self, saving: Saving, error: BaseException) -> None:
         # Whatever else goes wrong, whoever waits is told, and this thread goes on to the next save.
         if saving.job.ballot is not None:
-            saving.job.ballot.fail(error)
+            saving.job.ballot.fail(error, lost=saving.lost)
         try:
             self._run.abandon(saving.staged)
         except BaseException:
             logger.exception("what checkpoint-%d left behind could not be removed", saving.job.step)
         saving.handle.fail(error)
+
+
+def _note_lost(saving: Saving, error: TailorError, layer: str, lost: Collection[str]) -> None:
+    """An earlier file of a layer cannot be used: say so of all layers, or each would cost another save."""
+    error.layer = layer
+    saving.lost = tuple(sorted(lost))
+    if lost:
+        name_lost(error, lost)
 
 
 def _base_records(layer: LayerRecord, image: CodedImage) -> Sequence[FileRecord]:

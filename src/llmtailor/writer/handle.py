@@ -10,6 +10,7 @@ from typing import Literal
 
 from ..errors import WriteError
 from ..manifest import Manifest
+from .bell import Bell
 from .life import SaveState, advance
 
 __all__ = ["Durability", "SaveHandle", "SaveStats"]
@@ -83,7 +84,9 @@ class SaveHandle:
         """What stopped the copy to the mirror; the checkpoint itself is published."""
         self.durable = durable
         self._is_mirrored = False
-        self._condition = threading.Condition()
+        self._mutex = threading.Lock()
+        """Of the writer's threads and the mirror's."""
+        self._bell = Bell()
         self._state = SaveState.CAPTURING
         if error is not None:
             self._state = SaveState.FAILED
@@ -149,47 +152,47 @@ class SaveHandle:
         return self.error or (self.mirror_error if self.durable == "mirror" else None)
 
     def _wait(self, is_reached: Callable[[], bool], timeout_secs: float | None) -> None:
-        with self._condition:
-            if not self._condition.wait_for(is_reached, timeout_secs):
-                raise TimeoutError(f"checkpoint-{self.step} is {self._state} after {timeout_secs} s")
+        if not self._bell.wait_for(is_reached, timeout_secs):
+            raise TimeoutError(f"checkpoint-{self.step} is {self._state} after {timeout_secs} s")
 
     # ---- For the writer ----
 
     def advance(self, to: SaveState) -> None:
         """One step further."""
-        with self._condition:
+        with self._mutex:
             self._state = advance(self._state, to)
-            self._condition.notify_all()
+        self._bell.ring()
 
     def publish(self, path: Path, manifest: Manifest, stats: SaveStats) -> None:
         """It is published."""
-        with self._condition:
+        with self._mutex:
             self.path, self.manifest, self.stats = path, manifest, stats
             self._state = advance(self._state, SaveState.PUBLISHED)
             if self._is_mirrored:
                 self._state = advance(self._state, SaveState.MIRRORED)
-            self._condition.notify_all()
+        self._bell.ring()
 
     def fail(self, error: BaseException) -> None:
-        """It will not be published."""
-        with self._condition:
-            self.error = error
-            self._state = advance(self._state, SaveState.FAILED)
-            self._condition.notify_all()
+        """It will not be published. What stopped it first is what is said of it."""
+        with self._mutex:
+            state = advance(self._state, SaveState.FAILED)
+            self.error = self.error or error
+            self._state = state
+        self._bell.ring()
 
     def note_mirrored(self) -> None:
         """The mirror holds it, or a newer one; may come before ``publish``, for the mirror's thread is another."""
-        with self._condition:
+        with self._mutex:
             self._is_mirrored = True
             if self._state is SaveState.PUBLISHED:
                 self._state = advance(self._state, SaveState.MIRRORED)
-            self._condition.notify_all()
+        self._bell.ring()
 
     def fail_mirror(self, error: BaseException) -> None:
         """It is published, and will not be mirrored."""
-        with self._condition:
+        with self._mutex:
             self.mirror_error = error
-            self._condition.notify_all()
+        self._bell.ring()
 
     def __repr__(self) -> str:
         return f"SaveHandle(step={self.step}, {self._state})"

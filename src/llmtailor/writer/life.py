@@ -3,7 +3,7 @@
     capturing -- captured --> captured -- written --> written -- committed --> committed -- published --> published
         |                        |                       |                         |                          |
         +------------------------+---- failed -----------+-------------------------+--> failed             mirrored
-    skipped (never began)                                                                                     |
+    skipped (never began)     (and stays it, if it fails again)                                               |
                                                                                                            mirrored
 
 captured    every byte is in host memory: training may change the state
@@ -67,13 +67,15 @@ def advance(state: SaveState, to: SaveState) -> SaveState:
 
     Args:
         state: Where the save is.
-        to: Where it is to go: one step further, or to ``FAILED`` while it is not published.
+        to: Where it is to go: one step further, or to ``FAILED`` while it is not published. What has failed may fail
+            again, and nothing else.
 
     Raises:
         ValueError: There is no such step; a fault of the writer, not of the world.
     """
     is_next = state in _ORDER[:-1] and to is _ORDER[_ORDER.index(state) + 1]
-    if not is_next and not (to is SaveState.FAILED and state.is_in_flight):
+    may_fail = state.is_in_flight or state is SaveState.FAILED
+    if not is_next and not (to is SaveState.FAILED and may_fail):
         raise ValueError(f"a save that is {state} cannot become {to}")
     return to
 

@@ -14,6 +14,7 @@ import xxhash
 from ..errors import IntegrityError
 from ..manifest import FileRecord, Manifest
 from ..storage import StagedCheckpoint, StagedFile
+from .bell import Bell
 from .coded_images import CodedImage
 from .coding import EncodedLayer
 from .devices import Fences, fence
@@ -56,14 +57,20 @@ class Saving:
         self.handle = handle
         self.moments = Moments(called=called)
         self.condition = threading.Condition()
+        """Of the engine's threads; the one that trains never takes it, see ``Bell``."""
+        self.has_begun = False
+        """The thread that captures has seen it."""
         self.waited_secs = 0.0
         """Optimizer steps were held up for so long."""
         self.pool_nbytes = 0
+        self.lost: Sequence[str] = ()
+        """Layers whose earlier files were found to be gone."""
         self._pool = pool
         self._failure: BaseException | None = None
         self._num_pieces = 0
         """Captured, and not written yet."""
         self._is_captured = False
+        self._captured = Bell()
         self._records: dict[tuple[str, str], FileRecord] = {}
         self._encoded: dict[str, EncodedLayer | str] = {}
         """Layers that were to be coded: the codes, or why they were written exactly."""
@@ -185,12 +192,12 @@ class Saving:
             self._is_captured = True
             self.moments.captured = time.perf_counter()
             self.condition.notify_all()
+        self._captured.ring()
 
     def wait_until_captured(self) -> None:
         """Wait; the time counts as stall. Called by the training thread."""
         started = time.perf_counter()
-        with self.condition:
-            self.condition.wait_for(lambda: self._is_captured)
+        self._captured.wait_for(lambda: self._is_captured)
         self.waited_secs += time.perf_counter() - started
 
     def wait_until_written(self) -> None:

@@ -16,7 +16,7 @@ from ..layers import Layer, LayerMap, file_stem, find_ties, map_names, named_ten
 from ..live_state import LiveLayers
 from ..local_parts import LocalPart, Seat
 from ..manifest import GroupRecord, OptimizerRecord, TensorRecord
-from ..model_state import ModelState, is_adapted, refuse_extra_state
+from ..model_state import ModelState, find_saved, refuse_extra_state
 from ..optimizer_state import ParameterGroup, optimizer_class
 from ..shards import Shards
 from ..state_keys import state_key
@@ -72,8 +72,7 @@ class ZeroReader:
         shapes = {fqn: whole_shape(tensor) for fqn, tensor in tensors.items() if fqn not in ties}
         named = map_names(shapes, split_experts=self._split_experts, overrides=self._overrides)
         layers = LayerMap(named.layers, ties)
-        trained_only = is_adapted(module)
-        kept = {fqn: each for fqn, each in tensors.items() if not trained_only or _is_trained(each)}
+        kept = find_saved(module, tensors)
         return ModelState(
             layers=layers,
             records=tuple(_record(fqn, tensor, layers) for fqn, tensor in kept.items()),

@@ -16,7 +16,7 @@ import torch
 from ..errors import UnsupportedError
 from ..local_parts import LocalPart
 from ..manifest import digest_of
-from ..model_state import is_adapted
+from ..model_state import find_saved
 from ..optimizer_state import ParameterGroup
 from ..optimizer_values import encode_option
 from ..shards import Shard, whole_shard
@@ -74,10 +74,7 @@ def read_zero(engine: Any) -> ZeroState:
     names = name_parameters(engine.module)
     flats = find_flats(engine, names, world)
     collected = _Collected(ranks=world.ranks, weights={}, states={}, spread=set(), parts={}, notes={})
-    trained_only = is_adapted(engine.module)
-    for tensor, fqn in names.items():
-        if trained_only and not (isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad):
-            continue
+    for fqn, tensor in find_saved(engine.module, {fqn: tensor for tensor, fqn in names.items()}).items():
         meta, part = read_weights(tensor, fqn, world)
         collected.weights[fqn], collected.parts[fqn] = meta, part
         if part.is_sharded:

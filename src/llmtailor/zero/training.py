@@ -105,7 +105,7 @@ class ZeroLoad:
     def __init__(self, engine: Any, checkpoint: Checkpoint, *, has_optimizer: bool = True) -> None:
         manifest = checkpoint.manifest
         # Whose rank it is does not matter to the schema.
-        check_model(ZeroReader(engine, seat=Seat()).read_model(engine.module), manifest.tensors, path=checkpoint.path)
+        check_model(ZeroReader(engine, seat=Seat()).read_model(engine.module), manifest, path=checkpoint.path)
         metas: dict[str, TensorMeta] = {each.fqn: each.meta for each in manifest.tensors if each.tied_to is None}
         notes: dict[str, Note] = {}
         self.groups: list[ParameterGroup] = []

@@ -12,17 +12,17 @@ from ...errors import FormatError, UnsupportedError
 from ...file_plan import FilePlan
 from ...tensor_refs import FileTensor, TensorRef
 from ..source_files import resolve_source
-from ..torch_files import TorchTensor, open_torch_file, plan_torch_file
-from .optimizer import Optimizer, plan_nested, read_tree
+from ..torch_files import TorchTensor, Tree, open_torch_file, plan_torch_file
+from .optimizer import Optimizer, plan_nested
 
-__all__ = ["FULL_MODEL_NAME", "FULL_OPTIMIZER_NAME", "plan_full", "read_full"]
+__all__ = ["FULL_MODEL_NAME", "FULL_OPTIMIZER_NAME", "plan_full", "read_full_model", "read_full_optimizer"]
 
 FULL_MODEL_NAME = "pytorch_model_fsdp.bin"
 FULL_OPTIMIZER_NAME = "optimizer.bin"
 
 
-def read_full(path: Path) -> tuple[dict[str, FileTensor], Optimizer | None]:
-    """The weights by name, and the optimizer if there is one.
+def read_full_model(path: Path) -> dict[str, FileTensor]:
+    """The weights by name.
 
     Raises:
         FormatError: A file is not what it claims to be.
@@ -49,14 +49,24 @@ def read_full(path: Path) -> tuple[dict[str, FileTensor], Optimizer | None]:
                 found=type(value).__name__,
             )
         weights[name] = value.ref
+    return weights
+
+
+def read_full_optimizer(path: Path) -> tuple[Tree, Path] | None:
+    """The optimizer's state dict, as it is, and its file; None if there is none.
+
+    Raises:
+        FormatError: The file is not what it claims to be.
+        UnsupportedError: Something in it has no form of ours.
+    """
     if not (path / FULL_OPTIMIZER_NAME).exists():
-        return weights, None
+        return None
     place = resolve_source(path / FULL_OPTIMIZER_NAME, path)
-    return weights, read_tree(open_torch_file(place), place)
+    return open_torch_file(place), place
 
 
 def plan_full(weights: Mapping[str, TensorRef], optimizer: Optimizer | None) -> list[FilePlan]:
-    """The two files; inverse of ``read_full``. Equal ``TensorRef`` objects are written once."""
+    """The two files. Equal ``TensorRef`` objects are written once."""
     files = [plan_torch_file(FULL_MODEL_NAME, {name: TorchTensor(ref=ref) for name, ref in weights.items()})]
     if optimizer is not None:
         files.append(plan_torch_file(FULL_OPTIMIZER_NAME, plan_nested(optimizer)))

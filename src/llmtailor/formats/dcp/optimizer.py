@@ -22,7 +22,16 @@ from .contents import OptimizerItems
 from .metadata import Item, ItemPath, TensorItem
 from .stored import StoredTensor, read_value
 
-__all__ = ["Optimizer", "plan_flat", "plan_nested", "read_flat", "read_nested", "read_tree"]
+__all__ = [
+    "Optimizer",
+    "parameters_of",
+    "parameters_of_tree",
+    "plan_flat",
+    "plan_nested",
+    "read_flat",
+    "read_nested",
+    "read_tree",
+]
 
 _PARAMETERS = "params"
 
@@ -69,6 +78,30 @@ def read_tree(tree: Tree, path: Path) -> Optimizer:
         raise _refuse(path, "state: a dict, and param_groups: a list")
     found = tuple(_read_group(group, path) for group in groups)
     return _checked(found, states, path)
+
+
+def parameters_of(items: OptimizerItems, path: Path) -> tuple[str, ...] | None:
+    """The names of an optimizer's parameters alone; None if it does not name them. Its state need not be understood.
+
+    Raises:
+        FormatError: Its groups are not what torch writes.
+    """
+    if items.is_flat:
+        options = [str(place[1]) for place in items.by_place if len(place) == 2 and place[0] != "state"]
+        return tuple(dict.fromkeys(option.rpartition(".")[0] for option in options))
+    values = ((place, _value(item)) for place, item in items.by_place.items() if place[0] != "state")
+    return parameters_of_tree(_nest(values, path))
+
+
+def parameters_of_tree(tree: Tree) -> tuple[str, ...] | None:
+    """As ``parameters_of``, for a state dict that is one tree."""
+    groups = tree.get("param_groups") if isinstance(tree, dict) else None
+    if not isinstance(groups, list):
+        return None
+    held = [group.get(_PARAMETERS) if isinstance(group, dict) else None for group in groups]
+    names = [name for each in held if isinstance(each, list) for name in each]
+    is_named = all(isinstance(each, list) for each in held) and all(isinstance(name, str) for name in names)
+    return tuple(names) if names and is_named else None
 
 
 def _checked(groups: tuple[GroupRef, ...], states: Mapping[Any, Tree], path: Path) -> Optimizer:

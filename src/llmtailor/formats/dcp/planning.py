@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...boxes import Box
-from ...catalog import Catalog, weights_to_train
+from ...catalog import Catalog, join_masters, weights_to_train
 from ...errors import InvalidInputError, UnsupportedError
 from ...file_plan import CheckpointPlan, CrcPatch, FilePlan, FileRange, Part
 from ...tensor_refs import TensorRef
@@ -54,7 +54,8 @@ def plan_dcp(catalog: Catalog, *, ranks: int | None = None) -> CheckpointPlan:
     """Plan a DCP checkpoint.
 
     A catalog of DCP gets the layout of its source; another that of the HF Trainer if it has a trainer's state, else
-    one directory with ``model`` and ``optim``. Masters become the weights: FSDP2 trains fp32 parameters.
+    one directory with ``model`` and ``optim``. Masters become the weights: FSDP2 trains fp32 parameters. Those that a
+    DCP checkpoint keeps in its optimizer's state stay there.
 
     Args:
         catalog: Of any format.
@@ -69,7 +70,9 @@ def plan_dcp(catalog: Catalog, *, ranks: int | None = None) -> CheckpointPlan:
     if ranks is not None and not 0 < ranks <= _MAX_RANKS:
         raise InvalidInputError("not a number of ranks", kind="ranks", expected=f"1 to {_MAX_RANKS}", found=ranks)
     layout = _choose_layout(catalog)
-    weights, notes = weights_to_train(catalog, None)
+    keeps_leaves = catalog.format == "dcp"
+    weights, notes = weights_to_train(catalog, None, keeps_leaves=keeps_leaves)
+    catalog = join_masters(catalog) if keeps_leaves else catalog
     named = {layout.spellings.get(name, name): ref for name, ref in weights.items()}
     named |= {layout.spellings.get(name, name): weights[first] for name, first in catalog.ties.items()}
     optimizer = _optimizer_of(catalog, layout)

@@ -17,13 +17,14 @@ from ...errors import FormatError, IncompleteError, NotFoundError, UnsupportedEr
 from ...layers import canonical_name
 from ...tensor_refs import FileTensor
 from ..small_files import list_small_files
+from ..small_names import is_tokenizer
 from ..source_files import open_source, resolve_source
 from ..torch_files import read_pickle
 from .contents import Contents, find_optimizer, split_items
-from .full import FULL_MODEL_NAME, read_full
+from .full import FULL_MODEL_NAME, read_full_model, read_full_optimizer
 from .layout import FULL, METADATA_NAME, MODEL_DIRECTORY, OPTIMIZER_DIRECTORY, DcpLayout
 from .metadata import Item, ShardFile, parse_metadata
-from .optimizer import Optimizer, read_flat, read_nested
+from .optimizer import Optimizer, parameters_of, parameters_of_tree, read_flat, read_nested, read_tree
 from .stored import StoredTensor
 from .ties import find_ties
 
@@ -39,12 +40,14 @@ _CARRIED = re.compile(
 )
 
 
-def open_dcp(path: Path) -> Catalog:
+def open_dcp(path: Path, *, with_optimizer: bool = True) -> Catalog:
     """Open a checkpoint of ``torch.distributed.checkpoint``, or of FSDP as the HF Trainer and accelerate save it.
 
     Args:
         path: A directory with ``.metadata``; or one with ``pytorch_model_fsdp_0`` and, to resume, ``optimizer_0``;
             or with ``pytorch_model_fsdp.bin`` and ``optimizer.bin`` (FULL_STATE_DICT).
+        with_optimizer: Whether its state is read; for weights alone it need not be understood. The names of its
+            parameters are looked at, if it has them: they tell the model from an average of it, and tied weights.
 
     Raises:
         NotFoundError: It is none of these.
@@ -58,11 +61,11 @@ def open_dcp(path: Path) -> Catalog:
     """
     names = _list_names(path)
     if METADATA_NAME in names:
-        return _open_directories(path, [""])
+        return _open_directories(path, [""], with_optimizer)
     if MODEL_DIRECTORY in names:
-        return _open_directories(path, [MODEL_DIRECTORY, *({OPTIMIZER_DIRECTORY} & names)])
+        return _open_directories(path, [MODEL_DIRECTORY, *({OPTIMIZER_DIRECTORY} & names)], with_optimizer)
     if FULL_MODEL_NAME in names:
-        return _open_full(path)
+        return _open_full(path, with_optimizer)
     raise _refuse_layout(path, names)
 
 
@@ -104,13 +107,16 @@ def _refuse_layout(path: Path, names: set[str]) -> NotFoundError | UnsupportedEr
     )
 
 
-def _open_directories(path: Path, directories: Collection[str]) -> Catalog:
+def _open_directories(path: Path, directories: Collection[str], with_optimizer: bool) -> Catalog:
     items = tuple(item for directory in directories for item in _read_items(path, directory))
     found = find_optimizer(items, path)
-    optimizer = None
-    if found is not None:
+    optimizer, trained = None, None
+    if found is not None and with_optimizer:
         optimizer = read_flat(found, path) if found.is_flat else read_nested(found, path)
-    contents = split_items(items, found, optimizer.parameters if optimizer else (), path)
+        trained = optimizer.parameters
+    elif found is not None:
+        trained = parameters_of(found, path)
+    contents = split_items(items, found, trained or (), path)
     names = _canonical_names(contents.weights, path)
     weights = {names[own]: StoredTensor(item) for own, item in contents.weights.items()}
     if optimizer is not None:
@@ -123,22 +129,26 @@ def _open_directories(path: Path, directories: Collection[str]) -> Catalog:
         spellings={name: own for own, name in names.items() if own != name},
         num_ranks=_count_ranks(contents),
     )
-    ties = find_ties(weights, optimizer.parameters if optimizer else None)
+    ties = find_ties(weights, None if trained is None else [names[name] for name in trained])
     return _build_catalog(path, weights, ties, optimizer, layout)
 
 
-def _open_full(path: Path) -> Catalog:
-    own_weights, optimizer = read_full(path)
+def _open_full(path: Path, with_optimizer: bool) -> Catalog:
+    own_weights = read_full_model(path)
     names = _canonical_names(own_weights, path)
+    optimizer, trained = None, None
+    if (found := read_full_optimizer(path)) is not None:
+        optimizer = read_tree(*found) if with_optimizer else None
+        trained = optimizer.parameters if optimizer else parameters_of_tree(found[0])
+    lacking = [name for name in trained or () if name not in names]
+    if lacking:
+        raise IncompleteError(
+            "parameters of the optimizer are not among the weights", kind="dcp-weights", path=path, fqn=lacking[0]
+        )
     if optimizer is not None:
-        lacking = [name for name in optimizer.parameters if name not in names]
-        if lacking:
-            raise IncompleteError(
-                "parameters of the optimizer are not among the weights", kind="dcp-weights", path=path, fqn=lacking[0]
-            )
         optimizer = optimizer.renamed(names)
     weights = {names[own]: ref for own, ref in own_weights.items()}
-    ties = find_ties(weights, optimizer.parameters if optimizer else None)
+    ties = find_ties(weights, None if trained is None else [names[name] for name in trained])
     return _build_catalog(path, weights, ties, optimizer, FULL)
 
 
@@ -157,9 +167,13 @@ def _build_catalog(
         ties=ties,
         states=optimizer.states if optimizer else {},
         optimizers=optimizer.as_refs() if optimizer else (),
-        files=list_small_files(path, lambda name: _CARRIED.fullmatch(name) is not None),
+        files=list_small_files(path, _is_carried),
         native=layout,
     )
+
+
+def _is_carried(name: str) -> bool:
+    return is_tokenizer(name) or _CARRIED.fullmatch(name) is not None
 
 
 def _read_items(path: Path, directory: str) -> tuple[Item, ...]:

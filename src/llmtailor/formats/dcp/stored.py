@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +19,8 @@ __all__ = ["StoredTensor", "read_value"]
 
 # A tensor sharded by columns is one run for each row and rank. As many extents as this are 50 MB of them.
 _MAX_RUNS = 2**18
+# Who computes with a tensor asks anew for each block of it, and in turn with the others of an average.
+_MAX_KEPT_EXTENTS = 4 * _MAX_RUNS
 
 
 class StoredTensor(FileTensor):
@@ -23,19 +28,22 @@ class StoredTensor(FileTensor):
 
     Type and shape are known from ``.metadata``; where in its blobs the elements are, only the blobs say. A merge of
     many sources uses few of their tensors, and a merge into DCP copies blobs whole: so they are opened when somebody
-    asks, and what is found is checked then.
+    asks, and what is found is checked then. Where its elements are is kept only of the tensors that were asked last:
+    of a tensor that was sharded by columns it takes more room than the names of a whole checkpoint.
     """
 
-    __slots__ = ("_data", "item")
+    __slots__ = ("__weakref__", "_data", "_placed", "item")
 
     item: TensorItem
     _data: tuple[FileTensor, ...] | None
+    _placed: tuple[Extent, ...] | None
 
     def __init__(self, item: TensorItem) -> None:
         # The class is frozen, as are all references to tensors.
         object.__setattr__(self, "meta", item.meta)
         object.__setattr__(self, "item", item)
         object.__setattr__(self, "_data", None)
+        object.__setattr__(self, "_placed", None)
 
     @property
     def extents(self) -> tuple[Extent, ...]:
@@ -45,6 +53,13 @@ class StoredTensor(FileTensor):
             FormatError: A blob does not hold its chunk.
             UnsupportedError: They lie too scattered.
         """
+        placed = self._placed
+        if placed is None:
+            placed = self._place()
+            _KEPT.add(self, placed)
+        return placed
+
+    def _place(self) -> tuple[Extent, ...]:
         item = self.item
         total = sum(num_runs(item.meta.shape, chunk.box) for chunk in item.chunks)
         if total > _MAX_RUNS:
@@ -77,6 +92,30 @@ class StoredTensor(FileTensor):
             object.__setattr__(self, "_data", tuple(_open_chunk(self.item, chunk) for chunk in self.item.chunks))
         assert self._data is not None
         return self._data
+
+
+class _Kept:
+    """The tensors that know where their elements are, in the order in which they found out; threads share them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tensors: deque[tuple[weakref.ref[StoredTensor], int]] = deque()
+        self._num_extents = 0
+
+    def add(self, tensor: StoredTensor, placed: tuple[Extent, ...]) -> None:
+        """Let a tensor know, and the first ones forget."""
+        with self._lock:
+            object.__setattr__(tensor, "_placed", placed)
+            self._tensors.append((weakref.ref(tensor), len(placed)))
+            self._num_extents += len(placed)
+            while self._num_extents > _MAX_KEPT_EXTENTS and len(self._tensors) > 1:
+                ref, num_extents = self._tensors.popleft()
+                self._num_extents -= num_extents
+                if (forgetful := ref()) is not None:
+                    object.__setattr__(forgetful, "_placed", None)
+
+
+_KEPT = _Kept()
 
 
 def _directory(item: TensorItem) -> Path:

@@ -13,7 +13,6 @@ from .engine_state import ENGINE_STATE_NAME
 from .flat_contents import fill_flats
 from .places import LATEST_NAME
 from .rank_files import plan_model_file, plan_optim_file
-from .state_masters import separate_masters
 from .target import Target, decide_target
 from .weights_beside import is_weights_file, plan_weights
 
@@ -54,7 +53,6 @@ def plan_deepspeed(
         UnsupportedError: Optimizer state that is not of the parameters' shapes, several optimizers, fp16 from another
             format.
     """
-    catalog = separate_masters(catalog)
     target = decide_target(catalog, ranks=ranks, stage=stage, dtype=dtype)
     steps = CommonSteps(catalog.path, own_steps=own_steps)
     contents = fill_flats(catalog, target, steps)

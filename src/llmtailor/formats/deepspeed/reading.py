@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,27 +14,34 @@ from ...errors import UnsupportedError
 from ...layers import canonical_name
 from ...tensor_refs import FileTensor, TensorRef
 from ..small_files import list_small_files
+from ..small_names import is_tokenizer, is_weights
 from ..torch_files import TorchTensor, Tree, read_option, read_state
 from .fields import refuse, require, require_list_of, require_shape
 from .flat_states import gather, gather_states
 from .module_weights import gather_frozen, module_shapes, partitioned_weights, whole_weights
 from .native import Flat, Native
 from .partitions import FlatLayout, cut_each, cut_evenly, undeal
-from .places import LATEST_NAME, find_place, find_rank_files
+from .places import find_place, find_rank_files
 from .rank_trees import RankTrees, open_model_states, open_trees
-from .weights_beside import check_same_tensors, is_weights_file, read_weights
+from .weights_beside import check_same_tensors, read_weights
 
 __all__ = ["open_deepspeed"]
 
 # Of a parameter group: what no option is.
 _GROUP_PARAMS, _GROUP_STEP = "params", "step"
+# Others' weights lie beside some checkpoints (zero_to_fp32.py makes them), and are not those of one made from it.
+_CARRIED = re.compile(
+    r".*\.(?:pt|pth|pkl)|(?:training_args|scheduler|sampler|dl_state_dict)[^/]*\.bin|.*\.(?:json|jsonl|txt|md|yaml|yml)"
+)
 
 
-def open_deepspeed(path: Path) -> Catalog:
+def open_deepspeed(path: Path, *, with_optimizer: bool = True) -> Catalog:
     """Open a checkpoint of DeepSpeed; reads the pickles of all ranks, and of tensors only the step counts.
 
     Args:
         path: ``checkpoint-N`` of the HF Trainer, what ``engine.save_checkpoint`` was given, or the directory of a tag.
+        with_optimizer: Whether its state is read; for weights alone it need not be understood. The masters, which are
+            weights, are read all the same.
 
     Returns:
         ``weights``: at stages 1 and 2 those of the model states; at stage 3 the safetensors beside, or where there are
@@ -59,7 +67,8 @@ def open_deepspeed(path: Path) -> Catalog:
     for index, (flat, layout) in enumerate(zip(flats, layouts, strict=True)):
         own = {fqn: shapes[fqn] for fqn, _ in flat.parameters}
         masters.update(_gather_masters(source, index, layout, own))
-        states.update(_gather_states(source, index, flat.group, layout, own))
+        if with_optimizer:
+            states.update(_gather_states(source, index, flat.group, layout, own))
     order = [fqn for fqn in names.module if fqn in shapes]
     beside = None if place.root == place.tag_dir else read_weights(place.root)
     weights = _read_module(source, names, masters, beside, place.root)
@@ -72,7 +81,7 @@ def open_deepspeed(path: Path) -> Catalog:
         ties=names.ties,
         masters={fqn: masters[fqn] for fqn in order},
         states={fqn: states[fqn] for fqn in order if fqn in states},
-        optimizers=(OptimizerRef(name=None, groups=tuple(_read_groups(source, flats))),),
+        optimizers=(OptimizerRef(name=None, groups=tuple(_read_groups(source, flats))),) if with_optimizer else (),
         files=() if place.root == place.tag_dir else list_small_files(place.root, _is_small_file),
         native=Native(
             tag=place.tag,
@@ -111,7 +120,7 @@ def _read_module(
 
 
 def _is_small_file(name: str) -> bool:
-    return name != LATEST_NAME and not is_weights_file(name) and not name.endswith((".pt.tmp", ".distcp"))
+    return not is_weights(name) and (is_tokenizer(name) or _CARRIED.fullmatch(name) is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

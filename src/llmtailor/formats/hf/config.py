@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from ...errors import FormatError, InvalidInputError, UnsupportedError
 from .json_files import parse_json_object
 
-__all__ = ["DTYPE_NAMES", "ModelConfig", "find_ties", "parse_config", "read_dtype", "rewrite_config"]
+__all__ = ["DTYPE_NAMES", "HEAD_NAME", "ModelConfig", "find_ties", "parse_config", "read_dtype", "rewrite_config"]
 
 # safetensors spelling -> as transformers writes it into config.json; those that weights may be cast to.
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -22,7 +22,7 @@ _BLOCK_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # models/smollm3/configuration_smollm3.py (no_rope_layers).
 _PER_BLOCK_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-_HEAD = "lm_head.weight"
+HEAD_NAME = "lm_head.weight"
 # No configuration nests deeper than a few levels; what walks one need not fear for the stack.
 _MAX_DEPTH = 100
 
@@ -114,13 +114,13 @@ def find_ties(config: ModelConfig | None, names: Iterable[str], *, is_tied_by_de
         transformers 5.23, modeling_utils.py (save_pretrained leaves out what ``tie_weights`` makes again).
     """
     held = set(names)
-    if config is None or _HEAD in held or not _has_head(config):
+    if config is None or HEAD_NAME in held or not _has_head(config):
         return {}
     is_tied = is_tied_by_default if config.is_tied is None else config.is_tied
     embeddings = [name for name in held if name.endswith(_EMBEDDINGS)]
     if is_tied is False or len(embeddings) != 1:
         return {}
-    return {_HEAD: embeddings[0]}
+    return {HEAD_NAME: embeddings[0]}
 
 
 def _has_head(config: ModelConfig) -> bool:

@@ -16,12 +16,13 @@ from .json_files import read_json_object, read_text
 from .optimizer import read_optimizer
 from .parameter_order import FAMILIES, check_blocks
 from .small_names import is_carried
+from .tied_head import join_tied_head
 from .weights import read_weights
 
 __all__ = ["open_hf"]
 
 # What only other formats have. Source: this package's specification (tailor.json); DeepSpeed 0.19.8, runtime/engine.py
-# (latest, global_step*); accelerate 1.15, utils/fsdp_utils.py (pytorch_model_fsdp*, optimizer_*, optimizer.bin);
+# (latest, global_step*); accelerate 1.15, utils/fsdp_utils.py (pytorch_model_fsdp*);
 # torch 2.13, distributed/checkpoint/filesystem.py (.metadata).
 _OTHERS = {
     "tailor.json": "a checkpoint of LLMTailor",
@@ -29,9 +30,10 @@ _OTHERS = {
     "global_step*/*_model_states.pt": "a DeepSpeed checkpoint",
     "*_optim_states.pt": "a DeepSpeed checkpoint",
     "pytorch_model_fsdp*": "an FSDP checkpoint",
-    "optimizer.bin": "an FSDP checkpoint",
     ".metadata": "a checkpoint of torch.distributed.checkpoint",
 }
+# Source: accelerate 1.15, checkpointing.py (save_accelerator_state), utils/constants.py (OPTIMIZER_NAME).
+_ACCELERATE_OPTIMIZER = "optimizer.bin"
 
 
 def open_hf(
@@ -43,15 +45,16 @@ def open_hf(
 ) -> Catalog:
     """Open a checkpoint of the Hugging Face Trainer (one process or DDP), or a bare model directory.
 
-    Nothing but headers, pickles (inertly) and JSON is read. A model whose family is not known here is built on the
-    meta device by transformers in a child process, where its optimizer is to be read.
+    Nothing but headers, pickles (inertly) and JSON is read, and a head that may be its embedding. A model whose family
+    is not known here is built on the meta device by transformers in a child process, where its optimizer is to be read.
 
     Args:
         path: The directory.
         parameter_names: Names for the positions of ``optimizer.pt``, where they cannot be told otherwise: the
             parameters as the optimizer has them, group after group; or as ``model.named_parameters()`` has them,
             frozen ones included or not. Both readings are tried against the shapes.
-        with_optimizer: Whether ``optimizer.pt`` is read; for weights alone it need not be understood.
+        with_optimizer: Whether ``optimizer.pt`` is read; for weights alone it need not be understood, and may be of
+            Accelerate.
         allow_partial: Let whole layers of a model of a known family be missing, as in a selective save.
 
     Returns:
@@ -72,10 +75,13 @@ def open_hf(
     if not path.is_dir():
         raise NotFoundError("there is no such directory", kind="missing-checkpoint", path=path)
     _refuse_others(path)
-    weights = read_weights(path)
+    if with_optimizer:
+        _refuse_accelerate(path)
+    held = read_weights(path)
     config = _read_config(path)
     family = FAMILIES.get(config.model_type) if config is not None and config.model_type is not None else None
     by_default = None if family is None else family.is_tied
+    weights = join_tied_head(held, config, is_tied_by_default=by_default)
     ties = {**weights.ties, **find_ties(config, weights.tensors, is_tied_by_default=by_default)}
     check_blocks(config, {*weights.tensors, *ties}, path, allow_partial=allow_partial)
     shapes = {fqn: tensor.meta.shape for fqn, tensor in weights.tensors.items()}
@@ -113,6 +119,18 @@ def _refuse_others(path: Path) -> None:
                 expected="model.safetensors and optimizer.pt, or a bare model directory",
                 found=f"{kind}: there is {pattern}",
             )
+
+
+def _refuse_accelerate(path: Path) -> None:
+    if (path / _ACCELERATE_OPTIMIZER).exists():
+        raise FormatError(
+            "the optimizer is not one of the Hugging Face Trainer",
+            kind="other-format",
+            path=path,
+            expected="optimizer.pt, or a bare model directory",
+            found=f"what Accelerate's save_state writes: there is {_ACCELERATE_OPTIMIZER}",
+            hint="take the weights alone (--weights-only), or save the training in a format that llmtailor reads",
+        )
 
 
 def _canonical_names(names: Sequence[str], ties: dict[str, str]) -> list[str]:

@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ...catalog import Catalog, GroupRef, SmallFile, StateRef, weights_to_train
+from ...catalog import Catalog, GroupRef, SmallFile, StateRef, join_masters, weights_to_train
 from ...errors import IncompatibleError, InvalidInputError, UnsupportedError
 from ...file_plan import CheckpointPlan, FilePlan, FileRange
 from ...tensor_refs import TensorRef, whole
 from ...tensors import ByteRange
 from ..safetensors import plan_layout
+from ..small_names import is_tokenizer, is_training_state
 from ..torch_files import plan_torch_file
 from .asking import find_order
 from .config import DTYPE_NAMES, ModelConfig, find_ties, parse_config, read_dtype, rewrite_config
@@ -20,7 +21,7 @@ from .json_files import read_text
 from .optimizer import plan_optimizer
 from .parameter_order import check_blocks
 from .regrouping import Regrouping, fit_groups, fit_scheduler, for_torch_adam, new_scheduler
-from .small_names import is_carried, is_tokenizer, is_trainer_state
+from .small_names import is_carried
 
 __all__ = ["DEFAULT_SHARD_NBYTES", "plan_hf"]
 
@@ -36,6 +37,7 @@ def plan_hf(
     shard_nbytes: int = DEFAULT_SHARD_NBYTES,
     dtype: str | None = None,
     copy_tokenizer: bool = True,
+    num_blocks: int | None = None,
 ) -> CheckpointPlan:
     """Describe a checkpoint that the stock Trainer resumes from, or a model directory.
 
@@ -49,6 +51,8 @@ def plan_hf(
         dtype: Element type of all parameters (``BF16`` or ``bfloat16``); None: as they are. Optimizer state stays
             what it is.
         copy_tokenizer: Whether the tokenizer's files are taken along.
+        num_blocks: Of a model that was given another depth than ``config.json`` says; None: what that says holds. It is
+            not counted in the weights, as blocks that the configuration does not count may stand beside the others.
 
     Returns:
         The plan, with notes on all that is not simply copied.
@@ -67,15 +71,17 @@ def plan_hf(
     if shard_nbytes <= 0:
         raise InvalidInputError("shards must have a size", kind="shard-size", expected="> 0", found=shard_nbytes)
     target = None if dtype is None else read_dtype(dtype)
-    weights, notes = _choose_weights(catalog, to_train=not weights_only, dtype=target)
+    keeps_leaves = not weights_only and _keeps_leaves(catalog, target)
+    weights, notes = _choose_weights(catalog, to_train=not weights_only, dtype=target, keeps_leaves=keeps_leaves)
+    catalog = join_masters(catalog) if keeps_leaves else catalog
     small = [file for file in catalog.files if _is_wanted(file.name, weights_only, copy_tokenizer)]
     config = _read_config(small)
-    num_blocks = _count_blocks(catalog)
     _check_whole(config, num_blocks, weights, catalog)
     if not weights_only and target is None and notes:
         # Said in config.json as well, by which many programs build the model.
         target = _dtype_of(weights)
         notes.append("the Trainer in one process trains fp32 weights (with bf16=True under autocast), so build them so")
+    notes += _depth_notes(config, num_blocks, catalog)
     files = [*_plan_small(small, config, num_blocks, target), *_plan_weights(weights, catalog, shard_nbytes)]
     if catalog.has_optimizer and not weights_only:
         planned = _plan_training(catalog, config, small)
@@ -85,14 +91,27 @@ def plan_hf(
 
 
 def _is_wanted(name: str, weights_only: bool, copy_tokenizer: bool) -> bool:
-    if not is_carried(name) or "/" in name:
+    if not is_carried(name):
         return False
-    return not (weights_only and is_trainer_state(name)) and (copy_tokenizer or not is_tokenizer(name))
+    return not (weights_only and is_training_state(name)) and (copy_tokenizer or not is_tokenizer(name))
 
 
-def _choose_weights(catalog: Catalog, *, to_train: bool, dtype: str | None) -> tuple[dict[str, TensorRef], list[str]]:
+def _keeps_leaves(catalog: Catalog, dtype: str | None) -> bool:
+    """Whether masters that were leaves of the optimizer's state are such in ``optimizer.pt``.
+
+    They are where the source is of the same kind, and where they do not become the weights, so that nothing is lost.
+    torch's AdamW, which goes on where DeepSpeed's did, has none.
+    """
+    is_of_deepspeed = any("deepspeed" in (optimizer.name or "") for optimizer in catalog.optimizers)
+    return catalog.format == "hf" or (dtype in ("BF16", "F16") and not is_of_deepspeed)
+
+
+def _choose_weights(
+    catalog: Catalog, *, to_train: bool, dtype: str | None, keeps_leaves: bool
+) -> tuple[dict[str, TensorRef], list[str]]:
     """Layer by layer in the model's order, so that a layer's tensors come to lie together."""
-    weights, notes = weights_to_train(catalog if to_train else replace(catalog, masters={}), dtype)
+    source = catalog if to_train else replace(catalog, masters={})
+    weights, notes = weights_to_train(source, dtype, keeps_leaves=keeps_leaves)
     kept = {fqn: catalog.weights[fqn] if fqn in catalog.buffers else tensor for fqn, tensor in weights.items()}
     ordered = dict.fromkeys([fqn for layer in catalog.layers for fqn in layer.fqns if fqn in kept])
     return {fqn: kept[fqn] for fqn in [*ordered, *kept]}, list(notes)
@@ -104,20 +123,32 @@ def _dtype_of(weights: Mapping[str, TensorRef]) -> str | None:
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPE_NAMES) else None
 
 
-def _count_blocks(catalog: Catalog) -> int | None:
-    """Blocks of the model's one stack; None where there are several, and no one number says it."""
-    stacks = {layer.stack for layer in catalog.layers.blocks}
-    return len(catalog.layers.blocks) if len(stacks) == 1 else None
+def _depth_notes(config: ModelConfig | None, num_blocks: int | None, catalog: Catalog) -> list[str]:
+    """Where ``config.json`` does not say how many blocks there are.
+
+    Blocks that predict further tokens are numbered on after the others, and not counted; shared ones count each time.
+
+    Source: transformers 5.23, models/glm4_moe (num_nextn_predict_layers), models/albert (num_hidden_groups).
+    """
+    if config is None:
+        return []
+    if num_blocks is not None:
+        is_said = config.num_blocks is not None
+        return [] if is_said else [f"config.json says nowhere how many blocks there are: write there {num_blocks}"]
+    blocks = catalog.layers.blocks
+    if config.num_blocks in (None, len(blocks)) or len({layer.stack for layer in blocks}) != 1:
+        return []
+    return [f"config.json says {config.num_blocks} blocks, and {len(blocks)} are here: both stay as they are"]
 
 
 def _check_whole(
     config: ModelConfig | None, num_blocks: int | None, weights: Mapping[str, TensorRef], catalog: Catalog
 ) -> None:
     """Stock readers only warn of a missing tensor, and start a new one in its place."""
-    if config is None or config.num_blocks is None or num_blocks is None:
+    if config is None or config.num_blocks is None:
         return
     ties = catalog.ties or find_ties(config, weights, is_tied_by_default=None)
-    check_blocks(replace(config, num_blocks=num_blocks), {*weights, *ties}, catalog.path)
+    check_blocks(replace(config, num_blocks=num_blocks or config.num_blocks), {*weights, *ties}, catalog.path)
 
 
 def _read_config(small: Sequence[SmallFile]) -> ModelConfig | None:
@@ -133,10 +164,8 @@ def _plan_small(
     plans = []
     for file in small:
         if file.name == _CONFIG and config is not None:
-            is_other = num_blocks is not None and config.num_blocks not in (None, num_blocks)
-            text = rewrite_config(
-                config.text, num_hidden_layers=num_blocks if is_other else None, dtype=dtype, path=file.path
-            )
+            depth = None if config.num_blocks is None else num_blocks
+            text = rewrite_config(config.text, num_hidden_layers=depth, dtype=dtype, path=file.path)
             plans.append(FilePlan(name=file.name, parts=(text,)))
         else:
             whole_file = FileRange(path=file.path, byte_range=ByteRange(start=0, end=file.nbytes))

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ... import __version__
-from ...catalog import Catalog, StateRef, weights_to_train
+from ...catalog import Catalog, StateRef, join_masters, weights_to_train
 from ...errors import IncompatibleError, UnsupportedError
 from ...file_plan import CheckpointPlan, FilePlan, FileRange, LinkPlan, Part, WrittenFile
 from ...layers import Layer, file_stem
@@ -56,7 +56,7 @@ def plan_tailored(catalog: Catalog, *, dtype: str | None = None) -> CheckpointPl
     """Plan a checkpoint of our own.
 
     Where the optimizer keeps fp32 masters beside the weights, the masters become the weights: they are what training
-    in one process goes on with.
+    in one process goes on with. Masters that are a part of its state stay one.
 
     Args:
         catalog: Of any source; its ``update_counts`` must know each layer that counts updates.
@@ -66,7 +66,8 @@ def plan_tailored(catalog: Catalog, *, dtype: str | None = None) -> CheckpointPl
         IncompatibleError: A layer was saved after the step of the checkpoint.
         UnsupportedError: The class of the optimizer is not known.
     """
-    weights, notes = weights_to_train(catalog, dtype)
+    weights, notes = weights_to_train(catalog, dtype, keeps_leaves=True)
+    catalog = join_masters(catalog)
     files: list[FilePlan] = []
     links: list[LinkPlan] = []
     of_layer: dict[str, _LayerFiles] = {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol, TypeGuard
 
 from ...errors import FormatError, UnsupportedError
-from .nodes import Global, Instance, TorchStorage, Tree
+from .nodes import Global, Instance, Size, TorchStorage, Tree
 from .tree_checks import check_tree
 
 __all__ = ["MAX_PICKLE_NBYTES", "TRUNCATED", "Builder", "interpret"]
@@ -27,9 +27,12 @@ MAX_PICKLE_NBYTES = 64 * 2**20
 TRUNCATED = "pickle-truncated"
 """Kind of the error for a pickle that goes on after the bytes there are."""
 
-_MAX_OPCODES = 5_000_000
-# What objects may take while the pickle is read, roughly: a set of nothing takes 216 bytes, and one to ask for it.
-_MAX_OBJECT_NBYTES = 256 * 2**20
+# What objects may take while the pickle is read, roughly: so much in any file, and the more, the more was read. One
+# byte can ask for a set of nothing, 216 bytes; DCP's ``.metadata``, the largest pickles there are, make objects of 23
+# bytes out of each of theirs, at any number of ranks. Instructions need no limit of their own: each is a byte or more,
+# and its time and what is not counted here (numbers, texts) are in proportion to its bytes.
+_FREE_OBJECT_NBYTES = 64 * 2**20
+_OBJECT_NBYTES_PER_BYTE = 32
 _MAX_NAME_LENGTH = 1024
 # numpy's generators have 128 bits, torch's magic number 80. Beyond 64 bits a number is no key: all multiples of
 # 2^61 - 1 have the same hash, and a dict of a million of them would take days.
@@ -81,14 +84,14 @@ def interpret(
         raise machine.refuse("an instruction lacks its operands") from err
     if must_end and machine.position != len(data):
         raise machine.refuse("bytes follow its end")
-    check_tree(tree, path)
+    check_tree(tree, path, nbytes_read=machine.position - start)
     return tree, machine.position
 
 
 class _Machine:
     """The stack, its marks, the memo. Stacks between marks are lists of their own, so that none is popped across."""
 
-    __slots__ = ("builder", "data", "marks", "memo", "path", "position", "room", "stack", "tuple_keys")
+    __slots__ = ("builder", "data", "marks", "max_nbytes", "memo", "path", "position", "room", "stack", "tuple_keys")
 
     def __init__(self, data: bytes, start: int, builder: Builder, path: Path | None) -> None:
         self.data = data
@@ -99,16 +102,14 @@ class _Machine:
         self.marks: list[list[Tree]] = []
         self.memo: dict[int, Tree] = {}
         self.tuple_keys = 0
-        self.room = _MAX_OBJECT_NBYTES
+        self.room = self.max_nbytes = _FREE_OBJECT_NBYTES + _OBJECT_NBYTES_PER_BYTE * (len(data) - start)
 
     def run(self) -> Tree:
         if self.take(1) != _PROTO:
             raise self.unsupported("protocol 0 or 1", "protocol 2 to 5")
         _proto(self)
         data, end = self.data, len(self.data)
-        for _ in range(_MAX_OPCODES):
-            if self.position >= end:
-                break
+        while self.position < end:
             opcode = data[self.position]
             self.position += 1
             if opcode == _STOP:
@@ -117,8 +118,6 @@ class _Machine:
             if instruction is None:
                 raise self.unsupported(f"the instruction {bytes([opcode])!r}", "instructions that build plain data")
             instruction(self)
-        else:
-            raise self.refuse("too many instructions", expected=f"at most {_MAX_OPCODES}", found="more")
         raise self.truncated()
 
     def finish(self) -> Tree:
@@ -134,7 +133,14 @@ class _Machine:
     def take_room(self, nbytes: int) -> None:
         self.room -= nbytes
         if self.room < 0:
-            raise self.refuse("too many objects", expected=f"at most {_MAX_OBJECT_NBYTES} bytes", found="more")
+            expected = f"at most {self.max_nbytes} bytes in a pickle of this size"
+            raise self.refuse("too many objects", expected=expected, found="more")
+
+    def remember(self, number: int) -> None:
+        """Give what is on top of the stack a number."""
+        if number not in self.memo:
+            self.take_room(_MEMO_NBYTES)
+        self.memo[number] = self.stack[-1]
 
     def take(self, nbytes: int) -> bytes:
         start = self.position
@@ -184,7 +190,11 @@ class _Machine:
         if type(function) is not Global or type(arguments) is not tuple:
             raise self.refuse("a call of something that has no name")
         if is_call:
-            self.push(self.builder.call(function, arguments), _CALL_NBYTES)
+            first = arguments[0] if arguments else ()
+            if (nbytes_each := _COPY_NBYTES.get(type(first))) is not None:
+                self.take_room(nbytes_each * len(first))
+            value = self.builder.call(function, arguments)
+            self.push(value, _SIZE_NBYTES if type(value) is Size else _CALL_NBYTES)
         else:
             self.push(Instance(function, arguments), _INSTANCE_NBYTES)
 
@@ -266,6 +276,11 @@ _DICT_NBYTES = _SET_NBYTES = 216
 _INSTANCE_NBYTES = _GLOBAL_NBYTES = 160
 # An OrderedDict, or a tensor and what describes it.
 _CALL_NBYTES = 480
+_SIZE_NBYTES = 96
+_MEMO_NBYTES = 64
+# Sets, sizes and bytes are copies of what the call is given, which the memo can recall any number of times: each item
+# takes room, and time, again.
+_COPY_NBYTES: dict[type, int] = {list: 64, tuple: 8, Size: 8, str: 8}
 
 # Instructions, by what they do. Each gets its operands from the data after the opcode and from the stack.
 
@@ -420,14 +435,13 @@ def _get(width: int) -> Callable[[_Machine], None]:
 
 def _put(width: int) -> Callable[[_Machine], None]:
     def instruction(machine: _Machine) -> None:
-        number = machine.number(width)
-        machine.memo[number] = machine.stack[-1]
+        machine.remember(machine.number(width))
 
     return instruction
 
 
 def _memoize(machine: _Machine) -> None:
-    machine.memo[len(machine.memo)] = machine.stack[-1]
+    machine.remember(len(machine.memo))
 
 
 _PROTO = b"\x80"

@@ -89,11 +89,11 @@ class Rebuilder:
         if len(arguments) != 4 or type(arguments[0]) is not Global or type(arguments[2]) is not tuple:
             raise self._malformed("a tensor")
         function, cls, inner, _ = arguments
-        # Not this function itself: it could be its own argument any number of times.
-        if type(cls) is not Global or cls not in _PLAIN_TENSORS or function == _FROM_TYPE:
+        # Not this function itself: it could be its own argument any number of times. Nor one that copies what it is
+        # given: the copy would be dropped, unseen by whoever counts what a file asks for.
+        if type(cls) is not Global or cls not in _PLAIN_TENSORS or function not in _TENSOR_FUNCTIONS:
             return None
-        tensor = self.call(function, inner)
-        return tensor if isinstance(tensor, TorchTensor) else None
+        return _TENSOR_FUNCTIONS[function](self, inner)
 
     def _malformed(self, what: str) -> FormatError:
         return FormatError(f"not a valid torch file: {what} is malformed", kind="torch-tensor", path=self._path)
@@ -157,15 +157,18 @@ _PLAIN_TENSORS = frozenset({
     Global("torch.nn.parameter", "Parameter"),
 })  # fmt: skip
 
+_TENSOR_FUNCTIONS: dict[Global, Callable[[Rebuilder, _Arguments], TorchTensor | None]] = {
+    Global("torch._utils", "_rebuild_tensor_v2"): Rebuilder.tensor_v2,
+    Global("torch._utils", "_rebuild_tensor_v3"): Rebuilder.tensor_v3,
+    Global("torch._utils", "_rebuild_parameter"): Rebuilder.parameter,
+    Global("torch._utils", "_rebuild_parameter_with_state"): Rebuilder.parameter_with_state,
+}
 _REBUILDERS: dict[Global, Callable[[Rebuilder, _Arguments], Tree]] = {
     Global("builtins", "bytes"): _bytes,
     Global("builtins", "set"): _set,
     Global("_codecs", "encode"): _encode,
     Global("collections", "OrderedDict"): _ordered_dict,
     Global("torch", "Size"): Rebuilder.size,
-    Global("torch._utils", "_rebuild_tensor_v2"): Rebuilder.tensor_v2,
-    Global("torch._utils", "_rebuild_tensor_v3"): Rebuilder.tensor_v3,
-    Global("torch._utils", "_rebuild_parameter"): Rebuilder.parameter,
-    Global("torch._utils", "_rebuild_parameter_with_state"): Rebuilder.parameter_with_state,
+    **_TENSOR_FUNCTIONS,
     _FROM_TYPE: Rebuilder.from_type,
 }

@@ -6,6 +6,7 @@ A pickle of a few hundred bytes can describe a list inside a list 40 times over,
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +16,14 @@ from .nodes import MAX_DEPTH, Global, Instance, Size, TorchStorage, TorchTensor,
 
 __all__ = ["check_tree", "children_of"]
 
-_MAX_NODES = 1_000_000
-# Steps of a walk that follows every reference; sharing in real files saves a factor of two or three.
-_MAX_EXPANDED = 20_000_000
+# Nodes take more memory than what asks for them, so there may be so many in any file, and the more, the more was read.
+# Real files have one in 20 bytes or more.
+_FREE_NODES = 1_000_000
+_NBYTES_PER_NODE = 8
+# Steps of a walk that follows every reference: so many in any tree, and the more, the more nodes there are without
+# following. Sharing in real files saves a factor of two or three; ``.metadata`` of DCP has four leaves to a node.
+_FREE_EXPANDED = 20_000_000
+_EXPANDED_PER_NODE = 8
 
 _LEAVES = frozenset({type(None), bool, int, float, str, bytes, Size, Global, TorchTensor, TorchStorage})
 
@@ -41,12 +47,13 @@ def children_of(node: Tree) -> Iterator[Tree]:
                 yield from node.entries.values()
 
 
-def check_tree(tree: Tree, path: Path | None) -> None:
+def check_tree(tree: Tree, path: Path | None, *, nbytes_read: int | None = None) -> None:
     """Check the limits, without recursion.
 
     Args:
         tree: Any; made of nodes alone.
         path: The file it is from, for the error.
+        nbytes_read: Of the pickle it was made from; None if it was put together here, of what passed this check.
 
     Raises:
         FormatError: It holds itself, is deeper than ``MAX_DEPTH`` or has too many nodes.
@@ -55,9 +62,12 @@ def check_tree(tree: Tree, path: Path | None) -> None:
     done: dict[int, tuple[int, int] | None] = {}
     open_nodes: list[tuple[Tree, Iterator[Tree], list[int]]] = []
 
+    max_nodes = math.inf if nbytes_read is None else _FREE_NODES + nbytes_read // _NBYTES_PER_NODE
+
     def enter(node: Tree) -> None:
-        if len(done) >= _MAX_NODES:
-            raise _refuse(path, "too many objects", f"at most {_MAX_NODES}", "more")
+        if len(done) >= max_nodes:
+            expected = f"at most {max_nodes} in a pickle of {nbytes_read} bytes"
+            raise _refuse(path, "too many objects", expected, "more")
         if len(open_nodes) >= MAX_DEPTH:
             raise _too_deep(path)
         done[id(node)] = None
@@ -77,21 +87,22 @@ def check_tree(tree: Tree, path: Path | None) -> None:
             known = done[id(child)]
             if known is None:
                 raise _refuse(path, "an object that holds itself", "a tree", type(child).__name__)
-            _add(totals, known, path)
+            _add(totals, known, len(done), path)
         else:
             open_nodes.pop()
             known = done[id(node)] = (totals[0] + 1, totals[1])
             if open_nodes:
-                _add(open_nodes[-1][2], known, path)
+                _add(open_nodes[-1][2], known, len(done), path)
 
 
-def _add(totals: list[int], child: tuple[int, int], path: Path | None) -> None:
+def _add(totals: list[int], child: tuple[int, int], num_nodes: int, path: Path | None) -> None:
     totals[0] = max(totals[0], child[0])
     totals[1] += child[1]
     if totals[0] >= MAX_DEPTH:
         raise _too_deep(path)
-    if totals[1] > _MAX_EXPANDED:
-        raise _refuse(path, "objects shared beyond measure", f"at most {_MAX_EXPANDED} when written out", "more")
+    max_expanded = _FREE_EXPANDED + _EXPANDED_PER_NODE * num_nodes
+    if totals[1] > max_expanded:
+        raise _refuse(path, "objects shared beyond measure", f"at most {max_expanded} when written out", "more")
 
 
 def _too_deep(path: Path | None) -> FormatError:

@@ -6,6 +6,7 @@ What was published is in the run, so that is where a rank looks before its next 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from ...checkpoint import Checkpoint, open_checkpoint
 from ...errors import FormatError, InvalidInputError, NotFoundError
 from ...manifest import Manifest
 from ...storage import checkpoint_name
+from ...votes import Fault
 from .reader import TailorReader
 
 __all__ = ["Assignment", "DcpLineage"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,12 @@ class Assignment:
     run_id: str
     save_index: int
     num_ranks: int
+    parent_step: int | None
+    """Of the checkpoint that it follows."""
+    parent: str | None
+    """Digest of that."""
+    fault: Fault | None = None
+    """Why nothing is to be written."""
 
     def fits(self, manifest: Manifest) -> bool:
         """Whether a checkpoint is of this save."""
@@ -60,8 +70,9 @@ class DcpLineage:
             self._has_begun = True
             self._parent = self._find_first()
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            published = self._look(pending)
+            published = self._look(self._pending)
+            # Not before: a device that failed while it was looked for says nothing.
+            self._pending = None
             self.has_failed = published is None
             self._parent = published or self._parent
         return self._parent
@@ -99,6 +110,19 @@ class DcpLineage:
     def begin(self, assignment: Assignment) -> None:
         """This rank begins its part of a save."""
         self._pending = assignment
+
+    def catch_up(self, assignment: Assignment) -> None:
+        """Follow what the coordinator follows: it published that, and this rank may have been the first to look."""
+        known = None if self._parent is None else self._parent.digest
+        if assignment.parent_step is None or assignment.parent == known:
+            return
+        try:
+            found = open_checkpoint(self._directory / checkpoint_name(assignment.parent_step))
+        except (OSError, FormatError) as err:  # the next save will say so, on every rank
+            logger.warning("checkpoint-%d is published and cannot be opened here: %s", assignment.parent_step, err)
+            return
+        if found.digest == assignment.parent:
+            self._parent = found
 
     def note_published(self, checkpoint: Checkpoint) -> None:
         """On the coordinator."""

@@ -9,6 +9,7 @@ DCP asks for boxes of whole tensors; which files those are in, how they were cut
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     BytesStorageMetadata,
@@ -34,7 +36,7 @@ from torch.futures import Future
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...errors import FormatError, IntegrityError, NotFoundError, QuarantineWarning
 from ...layer_reading import CheckedFile
-from ...load import plan_targets, read_saved_states
+from ...load import SavedState, plan_targets, read_saved_states
 from ...manifest import MANIFEST_NAME, FileRecord
 from ...meeting import Meeting
 from ...optimizer_values import restore_state
@@ -71,6 +73,7 @@ class TailorReader(StorageReader):
             as when it was saved, or ``model``.
         optimizer: Likewise, or ``optim``.
         is_alone: This process loads alone, though it is one of several (``no_dist=True``).
+        process_group: The one that is passed to DCP, if it is not of all ranks in their order.
     """
 
     def __init__(
@@ -80,11 +83,13 @@ class TailorReader(StorageReader):
         model: str | None = None,
         optimizer: str | None = None,
         is_alone: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self._path = Path(path)
         self._target = self._path
         self._names = None if model is None and optimizer is None else Names(model=model, optimizer=optimizer)
         self._is_alone = is_alone
+        self._group = process_group
         self._keys: Mapping[str, SavedKey] = {}
         self._found: Checkpoint | None = None
         self._error: BaseException | None = None
@@ -125,7 +130,7 @@ class TailorReader(StorageReader):
     def _find(self) -> Checkpoint:
         if (self._target / MANIFEST_NAME).exists():
             return open_checkpoint(self._target)
-        meeting = Meeting(None if self._is_alone else join_ranks())
+        meeting = Meeting(None if self._is_alone else join_ranks(self._group))
         size, rank = (1, 0) if meeting.ranks is None else (meeting.ranks.size, meeting.ranks.rank)
 
         def examine(found: Checkpoint) -> str | None:
@@ -171,21 +176,24 @@ class TailorReader(StorageReader):
         assert self._found is not None
         tensors = [item for item in plan.items if item.type is not LoadItemType.BYTE_IO]
         _Reading(self._found, self._keys, planner).read(tensors)
+        found = self._found
+        # Of all files of the optimizer the headers, read when the first value of its state is asked for.
+        read_states = functools.cache(lambda: read_saved_states(found))
         for item in plan.items:
             if item.type is LoadItemType.BYTE_IO:
-                value = self._value_of(self._keys[item.storage_index.fqn])
+                value = _value_of(found, self._keys[item.storage_index.fqn], read_states)
                 planner.load_bytes(item, _pickle(value))
         self.checkpoint = self._found
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
-    def _value_of(self, saved: SavedKey) -> Any:
-        assert self._found is not None
-        if saved.kind == "value":
-            return saved.value
-        state = read_saved_states(self._found)[saved.fqn]
-        return _read_state_value(self._found, saved, state.metas, state.notes)
+
+def _value_of(checkpoint: Checkpoint, saved: SavedKey, read_states: Callable[[], Mapping[str, SavedState]]) -> Any:
+    if saved.kind == "value":
+        return saved.value
+    state = read_states()[saved.fqn]
+    return _read_state_value(checkpoint, saved, state.metas, state.notes)
 
 
 def _describe(saved: SavedKey) -> STORAGE_TYPES:

@@ -279,18 +279,14 @@ class TailorWriter(StorageWriter, AsyncStager):
                 found=len(plans),
                 hint="give TailorWriter the process_group that DCP is given",
             )
-        for rank, plan in enumerate(told):
-            if (plan.step, plan.parent, plan.choice) != (own.step, own.parent, own.choice):
-                raise Fault(
-                    kind="ranks-disagree",
-                    text=f"steps, choices of layers or the checkpoints that ranks follow differ: rank {rank} has step "
-                    f"{plan.step}, choice {plan.choice}, parent {plan.parent}; rank 0 {own.step}, {own.choice}, "
-                    f"{own.parent}",
-                ).to_error(own.step)
-        assignment = self._assign(own.step)
+        fault = _find_other(told)
+        if fault is not None and all(plan.parent == own.parent for plan in told):
+            raise fault.to_error(own.step)
+        # A rank that follows another checkpoint is told which is the newest; an error would not reach its writer.
+        assignment = self._assign(own.step, fault)
         return [replace(plan, storage_data=assignment) for plan in told]
 
-    def _assign(self, step: int) -> Assignment:
+    def _assign(self, step: int, fault: Fault | None) -> Assignment:
         parent = self._lineage.find_parent()
         self._num_attempts += 1
         if parent is not None:
@@ -304,6 +300,9 @@ class TailorWriter(StorageWriter, AsyncStager):
             run_id=self._run_id,
             save_index=0 if parent is None else parent.manifest.save_index + 1,
             num_ranks=self._seat().size,
+            parent_step=None if parent is None else parent.manifest.step,
+            parent=None if parent is None else parent.digest,
+            fault=fault,
         )
 
     def write_data(self, plan: DcpSavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -321,6 +320,9 @@ class TailorWriter(StorageWriter, AsyncStager):
         parent = self._lineage.find_parent()
         self._lineage.begin(assignment)
         try:
+            if assignment.fault is not None:
+                self._lineage.catch_up(assignment)
+                raise assignment.fault.to_error(assignment.step)
             vote = self._write(plan.items, planner, assignment, parent)
         except BaseException:
             self._abandon()
@@ -453,6 +455,20 @@ class TailorWriter(StorageWriter, AsyncStager):
             staged, self._staged = self._staged, None
         if staged is not None and self._run is not None:
             self._run.abandon(staged)
+
+
+def _find_other(plans: Sequence[LocalSavePlan]) -> Fault | None:
+    """A rank that is about to save something else than the coordinator."""
+    own = plans[0]
+    for rank, plan in enumerate(plans):
+        if (plan.step, plan.parent, plan.choice) != (own.step, own.parent, own.choice):
+            text = (
+                f"steps, choices of layers or the checkpoints that ranks follow differ: rank {rank} has step "
+                f"{plan.step}, choice {plan.choice}, parent {plan.parent}; rank 0 {own.step}, {own.choice}, "
+                f"{own.parent}"
+            )
+            return Fault(kind="ranks-disagree", text=text)
+    return None
 
 
 def _written_layers(plan: SavePlan) -> frozenset[str]:
