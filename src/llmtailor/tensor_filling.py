@@ -144,7 +144,9 @@ def _writable_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     memory = (ctypes.c_byte * ((last + 1) * size)).from_address(tensor.data_ptr())
     strides = [stride * size for stride in tensor.stride()]
-    return np.ndarray(tensor.shape, dtype=_ARRAY_TYPES[tensor.dtype], buffer=memoryview(memory).cast("B"), strides=strides)
+    return np.ndarray(
+        tensor.shape, dtype=_ARRAY_TYPES[tensor.dtype], buffer=memoryview(memory).cast("B"), strides=strides
+    )
 
 
 class FileFiller:
