@@ -67,7 +67,7 @@ def settle(run: DeepSpeedRun) -> None:
     dist.barrier()
 
 
-def go_to_and_fro(training: Training) -> None:
+def go_there_and_back(training: Training) -> None:
     assert training.engine.load_checkpoint(str(training.runs[0])) == (None, None)
     for _ in range(6):
         step = training.step()
@@ -76,7 +76,7 @@ def go_to_and_fro(training: Training) -> None:
             training.save(1)
     training.step()
     training.save()  # after the other directory
-    training.look("to and fro")
+    training.look("there and back")
     training.run.close()
     training.step()
     training.save()
@@ -143,7 +143,7 @@ def main(directory: Path) -> None:
     warnings.simplefilter("ignore", SaveFailedWarning)
     deepspeed.init_distributed(dist_backend="gloo")
     training = Training(directory)
-    go_to_and_fro(training)
+    go_there_and_back(training)
     name_twice(training)
     fail_once(training)
     lose_it(training)

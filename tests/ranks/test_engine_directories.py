@@ -33,7 +33,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
 
 
 def test_another_directory_and_back_leaves_the_run_as_it_was(seen: Mapping[str, Any]) -> None:
-    found = seen["to and fro"]
+    found = seen["there and back"]
     # The newest, and the newest whose layers are all of one step; nothing was set aside.
     assert found["runs"] == ["checkpoint-1", "checkpoint-7"]
     assert found["best"] == ["checkpoint-3", "checkpoint-6"]
@@ -42,7 +42,7 @@ def test_another_directory_and_back_leaves_the_run_as_it_was(seen: Mapping[str, 
 
 
 def test_drift_is_measured_from_the_save_before_the_other_directory(seen: Mapping[str, Any]) -> None:
-    for name in ("to and fro", "after close"):
+    for name in ("there and back", "after close"):
         assert seen[name]["drifts"]
         assert all(drift > 0 for drift in seen[name]["drifts"])
 
