@@ -41,7 +41,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int = 1
 @pytest.mark.parametrize(
     ("options", "hint"),
     [
-        ({"mirro": "elsewhere"}, "did you mean mirror?"),
+        ({"mirror_dir": "elsewhere"}, "did you mean mirror?"),
         ({"save_every": 1}, "did you mean save_steps?"),
         ({"keep_optimiser": 2}, "did you mean keep_optimizer?"),
         ({"zzz": 1}, None),
