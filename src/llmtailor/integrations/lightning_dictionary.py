@@ -6,6 +6,7 @@ pytorch/callbacks/model_checkpoint.py (_save_last_checkpoint, load_state_dict).
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..errors import TailorWarning, UnsupportedError
 from .small_files import check_objects
 
 __all__ = ["Fixed", "HyperParameters", "check_hooks", "check_state", "name_last"]
+
+logger = logging.getLogger(__name__)
 
 
 class Fixed:
@@ -97,6 +100,7 @@ def check_state(trainer: Trainer) -> None:
         try:
             state = callback.state_dict()
         except Exception:  # it may have none before training begins: what is wrong then shows at the first save
+            logger.debug("%s has no state before training begins", callback.state_key, exc_info=True)
             continue
         check_objects({callback.state_key: Fixed(state)})
 
