@@ -115,8 +115,6 @@ class TailorCallback(Callback):
         layer_overrides: Mapping[str, Sequence[str]] | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
-        if unknown := sorted(set(options) - set(EngineOptions.__annotations__)):
-            raise InvalidInputError("unknown option", kind="option", found=", ".join(unknown))
         check_options(options)
         refuse_interval(options)
         self._directory = None if directory is None else Path(_require_local(str(directory)))

@@ -38,7 +38,7 @@ from transformers.trainer_utils import SaveStrategy
 from ..checkpoint import Checkpoint, describe_layers, open_checkpoint, require_optimizer
 from ..checkpointer import Checkpointer
 from ..drift_log import curves_of
-from ..engine_options import EngineOptions, check_options, engine_options
+from ..engine_options import EngineOptions, check_options, engine_options, refuse_unknown
 from ..errors import (
     FormatError,
     InvalidInputError,
@@ -466,10 +466,7 @@ def tailor(trainer: TrainerT, **options: Unpack[TailorOptions]) -> TrainerT:
 
 
 def _attach(trainer: Any, options: Mapping[str, Any]) -> None:
-    if unknown := sorted(set(options) - set(TailorOptions.__annotations__)):
-        raise InvalidInputError(
-            "unknown option", kind="option", expected=", ".join(TailorOptions.__annotations__), found=", ".join(unknown)
-        )
+    refuse_unknown(options, TailorOptions.__annotations__)
     _refuse_sharding(trainer)
     check_options(engine_options(options))
     parse_keep(options.get("keep"))
