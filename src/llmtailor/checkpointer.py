@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol, SupportsIndex, Unpack
+from typing import SupportsIndex, Unpack
 
 import torch
 
@@ -31,7 +31,7 @@ from .flag_log import log_flags_and
 from .hold_back import hold_back
 from .interval import parse_interval
 from .lineage import Lineage
-from .live_state import LiveLayers, LiveReader
+from .live_state import LiveLayers, LiveReader, TrainingReader
 from .local_parts import Seat
 from .manifest import INDEX_NAME
 from .meeting import Meeting, open_together
@@ -50,17 +50,9 @@ from .strategies import Full, Monitored, SaveContext, Strategy, parse_strategy
 from .tiers import Tiers
 from .writer import CodedImage, Engine, SaveHandle, admit, code_layer, forget_frames
 
-__all__ = ["Checkpointer", "StateReader"]
+__all__ = ["Checkpointer"]
 
 logger = logging.getLogger(__name__)
-
-
-class StateReader(Protocol):
-    """What reads the live state of a training, at every save."""
-
-    def read_model(self, module: torch.nn.Module) -> ModelState: ...
-
-    def read(self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> LiveLayers: ...
 
 
 class Checkpointer:
@@ -112,7 +104,7 @@ class Checkpointer:
         self._rest = parse_rest(options.get("rest", SKIP))
         spread = options.get("spread_layers", False)
         self._seat = seat = Seat() if ranks is None else Seat(rank=ranks.rank, size=ranks.size, spread=spread)
-        self._reader: StateReader = LiveReader(split_experts=split_experts, overrides=layer_overrides, seat=seat)
+        self._reader: TrainingReader = LiveReader(split_experts=split_experts, overrides=layer_overrides, seat=seat)
         self._options = options
         self._is_blocking = options.get("capture", "lazy") == "blocking"
         self._is_prepared = False
@@ -169,7 +161,8 @@ class Checkpointer:
 
     def _make_watch(self, timeout_secs: float) -> Watch | None:
         """What measures how layers move, if this run does."""
-        if not (monitor := self._options.get("monitor", False)) and not self._strategy.needs_drift:
+        monitor = self._options.get("monitor", False)
+        if not monitor and not self._strategy.needs_drift:
             return None
         on_warning = self._tiers.notices.append
         return Watch(self.meeting, self._directory, timeout_secs, on_warning, has_gradients=monitor == "gradients")
@@ -183,7 +176,7 @@ class Checkpointer:
         """Which rank this is."""
         return self._seat
 
-    def read_with(self, reader: StateReader) -> None:
+    def read_with(self, reader: TrainingReader) -> None:
         """Have something else read the live state, where that is not torch's model and optimizers."""
         self._reader = reader
 
@@ -250,7 +243,8 @@ class Checkpointer:
         if self._watch is not None and not self._watch.has_begun:
             self._watch.begin(live, self._parent)
         self._engine.prepare([*live.images.values()])
-        if self._rest is not None and not isinstance(applicable_strategy(self._strategy, module), Full):
+        self._strategy = applicable_strategy(self._strategy, module)
+        if self._rest is not None and not isinstance(self._strategy, Full):
             coded = [code_layer(image, self._rest) for image in live.images.values()]
             self._engine.compile([each for each in coded if each is not None])
 
@@ -381,7 +375,8 @@ class Checkpointer:
     def _make_room(self, step: int) -> bool:
         """Wait for a save in flight to end, if need be; False if this save is to be skipped instead."""
         limit = self._options.get("max_in_flight", 1)
-        admission = admit(self._engine.num_in_flight, limit=limit, when_busy=self._options.get("when_busy", "wait"))
+        when_busy = self._options.get("when_busy", "wait")
+        admission = admit(self._engine.num_in_flight, limit=limit, when_busy=when_busy)
         if admission == "skip":
             self.num_skipped += 1
             logger.info("checkpoint-%d was skipped: %d saves are in flight", step, limit)
@@ -404,13 +399,14 @@ class Checkpointer:
         called: float,
         attempt: int,
     ) -> None:
+        self._strategy = applicable_strategy(self._strategy, module)
         live = self._read(handle.step, module, optimizers if contents == "full" else ())
         parent = self._lineage.parent_to_plan_with()
         plan = plan_save(
             live,
             step=handle.step,
             contents=contents,
-            strategy=applicable_strategy(self._strategy, module),
+            strategy=self._strategy,
             rest=self._rest,
             parent=parent,
             is_linkable=self._lineage.is_linkable,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -38,7 +39,7 @@ from .state_keys import state_key
 from .tensor_bytes import meta_of
 from .writer import LayerImage, find_masters, optimizer_image, weights_image
 
-__all__ = ["LiveLayers", "LiveReader"]
+__all__ = ["LiveLayers", "LiveReader", "TrainingReader"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,14 @@ class LiveLayers:
     """By layer: of its whole tensors, weights and optimizer state; the same on every rank."""
     layout: str | None
     """Digest of how every tensor is cut that is spread over ranks, the same on each; None if none is."""
+
+
+class TrainingReader(Protocol):
+    """What reads the live state of a training, at every save."""
+
+    def read_model(self, module: torch.nn.Module) -> ModelState: ...
+
+    def read(self, module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> LiveLayers: ...
 
 
 class LiveReader:

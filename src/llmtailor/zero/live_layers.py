@@ -37,7 +37,7 @@ class _Names:
 
 
 class ZeroReader:
-    """Reads one engine again and again; a ``StateReader`` for the checkpointer.
+    """Reads one engine again and again; a ``TrainingReader`` for the checkpointer.
 
     Args:
         engine: Of stages 1 to 3.
