@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from ..checkpoint import Checkpoint, describe_layers
 from ..checkpointer import Checkpointer
 from ..drift import LayerDrift
 from ..engine_options import EngineOptions, engine_options, refuse_unknown
-from ..errors import IncompatibleError, InvalidInputError, TailorError
+from ..errors import IncompatibleError, InvalidInputError, TailorError, TailorWarning
 from ..load import plan_load
 from ..meeting import Outcome
 from ..model_state import is_adapted
@@ -280,6 +281,7 @@ class Run:
         Args:
             step: Optimizer steps done.
             metrics: What was measured at this step (``{"eval_loss": 2.1}``); ``keep`` may keep the best by one of them.
+                A step that was saved already does not get any, with a warning.
 
         Returns:
             A handle: ``captured()`` and ``result()`` wait for the two moments; a save that failed says so there.
@@ -288,9 +290,11 @@ class Run:
             InvalidInputError: The step is no whole number.
             WriteError: Two saves in a row failed; training may go on.
         """
-        plain_step = check_step(step)
+        plain_step, is_new = check_step(step), False
 
         def write_small_files(directory: Path) -> None:
+            nonlocal is_new
+            is_new = True
             if not self._rank:
                 write_progress(directory, plain_step, self._objects)
                 save_objects(directory, self._shared_objects)
@@ -300,7 +304,15 @@ class Run:
             save_objects(directory, self._own_objects, rank=self._rank)
             save_rng(directory, rank=self._rank)
 
-        return self._checkpointer.save(plain_step, self._model, self._optimizers, write_small_files)
+        handle = self._checkpointer.save(plain_step, self._model, self._optimizers, write_small_files)
+        if metrics is not None and not is_new and handle.error is None and handle.state != "skipped":
+            warnings.warn(
+                f"checkpoint-{plain_step} was saved already, and does not get these metrics: {', '.join(metrics)}. "
+                "Give them to step(), or to save() before step()",
+                TailorWarning,
+                stacklevel=2,
+            )
+        return handle
 
     def measure(self, step: int) -> Mapping[str, LayerDrift]:
         """How each layer moved since its last save, now; with ``monitor=True`` or a strategy that asks for it.
