@@ -211,6 +211,8 @@ def _reshard(module: torch.nn.Module) -> None:
 def _refuse_modules(module: torch.nn.Module) -> None:
     """Source: torch 2.13, nn/modules/module.py (get_extra_state): what a module adds to its ``state_dict``."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    is_whole = not is_adapted(module)
+    saved = set(map(id, find_saved(module, named_tensors(module)).values()))
     for name, owner in module.named_modules():
         if fsdp is not None and isinstance(owner, fsdp.FullyShardedDataParallel):
             raise UnsupportedError(
@@ -220,8 +222,8 @@ def _refuse_modules(module: torch.nn.Module) -> None:
                 found=type(owner).__qualname__,
                 expected="torch.distributed.fsdp.fully_shard, known as FSDP2",
             )
-        is_base = is_adapted(module) and not any(tensor.requires_grad for tensor in owner.parameters())
-        if not is_base:  # of which nothing is saved
+        # Of a base model that adapters stand on nothing is saved, whatever it keeps.
+        if is_whole or any(id(tensor) in saved for tensor in named_tensors(owner).values()):
             refuse_extra_state(name, owner, elsewhere="with Run(..., state={...})")
 
 

@@ -17,7 +17,14 @@ from torch import nn
 import llmtailor
 from faults import flip_bit
 from llmtailor import Run
-from llmtailor.errors import IncompatibleError, IntegrityError, InvalidInputError, QuarantineWarning, UnsupportedError
+from llmtailor.errors import (
+    IncompatibleError,
+    IntegrityError,
+    InvalidInputError,
+    QuarantineWarning,
+    TailorWarning,
+    UnsupportedError,
+)
 from llmtailor.integrations import small_files
 
 
@@ -190,6 +197,18 @@ def test_optimizer_of_all_parameters_of_an_adapted_model(tmp_path: Path) -> None
         assert torch.equal(other.state[parameter]["exp_avg"], optimizer.state[same]["exp_avg"])
 
 
+def test_what_a_base_keeps_that_is_not_saved_is_its_own(tmp_path: Path) -> None:
+    """As quantized layers do, under an adapter; the adapter's own has to be saved, whether it trains or not."""
+    model = Adapted()
+    model.base = Counting().requires_grad_(False)
+    Run(tmp_path, model, torch.optim.SGD(model.lora_A.parameters())).close()
+    model.other_param_names = ("extra",)
+    model.extra = Counting().requires_grad_(False)
+    with pytest.raises(UnsupportedError, match="extra state") as caught:
+        Run(tmp_path, model, torch.optim.SGD(model.lora_A.parameters()))
+    assert caught.value.fqn == "extra"
+
+
 def test_parameter_that_was_taken_out_of_the_model_and_not_of_the_optimizer_is_said(tmp_path: Path) -> None:
     model, optimizer = build()
     train(model, optimizer)
@@ -292,6 +311,18 @@ def test_checking_an_object_does_not_serialize_its_tensors(tmp_path: Path, monke
     Run(tmp_path, *build(), state={"average": average}).close()
     assert sizes
     assert max(sizes) < 16_000
+
+
+def test_metrics_that_come_too_late_are_said_to_be_lost(tmp_path: Path) -> None:
+    model, optimizer = build()
+    with Run(tmp_path, model, optimizer, save_steps=1) as run:
+        first = run.step(1)
+        with pytest.warns(TailorWarning, match=r"checkpoint-1 was saved already.*eval_loss"):
+            assert run.save(1, metrics={"eval_loss": 2.0}) is first
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            path = run.save(2, metrics={"eval_loss": 1.0}).result()
+    assert (path / "metrics.json").is_file()
 
 
 # Restarts
