@@ -52,11 +52,13 @@ def locate_source(name: str) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as err:
         where = "the local cache" if commit is None else "the hub"
+        said = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise NotFoundError(
             f"there is no such directory, and {where} has no such model",
             kind="missing-checkpoint",
             path=name,
             expected="a directory, a model of the local cache, or org/model@<commit> to download it",
-            found=str(err).splitlines()[0] if str(err) else type(err).__name__,
+            # Of the local cache huggingface_hub speaks in arguments of its own.
+            found="nothing" if commit is None else said,
             hint="check the path; relative ones start at the current directory",
         ) from err
