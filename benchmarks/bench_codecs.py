@@ -51,14 +51,14 @@ def secs_of(call: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
-def make_values(codec: str, numel: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def make_values(codec: str, numel: int, device: torch.device = HOST) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Numbers as a training has them, and what they are relative to."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(numel, generator=generator) * 0.02
+    generator = torch.Generator(device).manual_seed(0)
+    normal = functools.partial(torch.randn, numel, generator=generator, device=device)
+    values = normal() * 0.02
     if codec.startswith("log"):
         return values * values * 1e-4, None
-    base = values + torch.randn(numel, generator=generator) * 1e-4 if codec.startswith("delta") else None
-    return values, base
+    return values, values + normal() * 1e-4 if codec.startswith("delta") else None
 
 
 def strips(tensor: torch.Tensor | None, numel: int, total: int) -> list[Any]:

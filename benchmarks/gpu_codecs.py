@@ -55,7 +55,7 @@ def measure_kernels(numel: int, repeats: int) -> dict[str, Any]:
         "copy_on_device": lambda: device_secs(lambda: target.copy_(source)),
     }
     for codec in KERNELS:
-        values, base = (None if each is None else each.to(device) for each in make_values(codec, numel))
+        values, base = make_values(codec, numel, device)
         strip = kernels.strip_numel(device)
         pairs = [
             (each.view(-1, BLOCK_NUMEL), None if of_base is None else of_base.view(-1, BLOCK_NUMEL))
@@ -133,9 +133,13 @@ def main() -> None:
         return
     millions, repeats, hidden_size = [int(text) for text in sys.argv[1:]] + [256, 7, 1024][len(sys.argv) - 1 :]
     rows = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "repeats": repeats}
-    rows |= measure_kernels(millions * 2**20, repeats)
-    rows |= measure_layers(hidden_size, repeats)
-    publish("gpu_codecs", {**rows, **measure_saves(hidden_size, repeats)})
+    for measure in (
+        functools.partial(measure_kernels, millions * 2**20),
+        functools.partial(measure_layers, hidden_size),
+        functools.partial(measure_saves, hidden_size),
+    ):
+        rows |= measure(repeats)
+        publish("gpu_codecs", rows)  # what was measured stays, should the machine be needed elsewhere
 
 
 if __name__ == "__main__":
