@@ -149,7 +149,7 @@ def layer_ways(
     for name in RESTS:
         rest = parse_rest(name)
         assert isinstance(rest, Rest)
-        coded = code_layer(live.images["layers.7"], rest)
+        coded = code_layer(live.images["layers.1"], rest)
         assert coded is not None
         encoder = LayerEncoder(lanes)
         every = [code_layer(each, rest) for each in live.images.values()]

@@ -25,7 +25,7 @@ from bench_codecs import layer_ways, make_values, strips
 from bench_coded_save import RESTS, make_run
 from environment import publish
 from gpu_save import TrainingLoop
-from models import llama_of_35_layers
+from models import llama, llama_of_35_layers
 from turns import spread, take_turns
 
 from llmtailor.codecs.encoding import KERNELS
@@ -45,7 +45,7 @@ def device_secs(call: Callable[[], object]) -> float:
 
 
 def measure_kernels(numel: int, repeats: int) -> dict[str, Any]:
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     kernels = Kernels()
     kernels.compile([(codec, torch.float32, device) for codec in KERNELS], 2**31)
     source, pinned = torch.randn(numel, device=device), torch.empty(numel, pin_memory=True)
@@ -87,8 +87,8 @@ def wall_secs(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure_layers(hidden_size: int, repeats: int) -> dict[str, Any]:
-    model, optimizer = llama_of_35_layers(hidden_size, vocab_size=512, device="cuda")
+def measure_layers(repeats: int) -> dict[str, Any]:
+    model, optimizer = llama(4096, vocab_size=512, num_blocks=2, device="cuda")  # blocks of Llama-3.1-8B
     lanes = Lanes()
     lanes.start(fence(model.parameters()))
     with tempfile.TemporaryDirectory() as directory:
@@ -135,7 +135,7 @@ def main() -> None:
     rows = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "repeats": repeats}
     for measure in (
         functools.partial(measure_kernels, millions * 2**20),
-        functools.partial(measure_layers, hidden_size),
+        measure_layers,
         functools.partial(measure_saves, hidden_size),
     ):
         rows |= measure(repeats)

@@ -10,12 +10,19 @@ def llama_of_35_layers(
     hidden_size: int, vocab_size: int, device: str = "cpu"
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """32 blocks, embedding, norm and head, 291 tensors; the MLP 3.5 times as wide as the rest; AdamW in fp32."""
+    return llama(hidden_size, vocab_size, num_blocks=32, device=device)
+
+
+def llama(
+    hidden_size: int, vocab_size: int, *, num_blocks: int, device: str = "cpu"
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The same with as many blocks."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 7 // 2,
-        num_hidden_layers=32,
+        num_hidden_layers=num_blocks,
         num_attention_heads=8,
         num_key_value_heads=2,
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from coded_runs import check_errors
 from llmtailor.checkpoint import open_checkpoint
 from llmtailor.codecs import kernels
 from llmtailor.verify import verify_checkpoint
+from llmtailor.writer.host_memory import HostMemory
 from tiny_models import assert_same
 from writer.coded_trainings import BLOCKS, COMPACT4, Q4, check, coded_layers, load, new_training, nothing
 from writer.test_lazy_capture import CASES, train_and_compare
@@ -54,3 +57,29 @@ def test_fused_codes_of_a_device_load_within_the_error_that_is_said_of_them(
     assert verify_checkpoint(path).is_good
     check_errors(open_checkpoint(path).manifest, load(training, path), training.states)
     training.close()
+
+
+def test_memory_is_pinned_and_let_go_of_whoever_forgets_to_close_it(caplog: pytest.LogCaptureFixture) -> None:
+    """The same addresses are mapped again and again; each time the numbers of the device arrive there."""
+    for seed in range(20):
+        memory = HostMemory(2**24)
+        with caplog.at_level(logging.WARNING):
+            memory.pin()
+        assert memory.tensor.is_pinned(), caplog.text
+        source = torch.full((2**24,), seed, dtype=torch.uint8, device="cuda")
+        memory.tensor.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        assert (memory.bytes == seed).all()
+        del memory
+    assert not caplog.records
+
+
+def test_a_training_does_not_end_for_memory_that_cannot_be_pinned(caplog: pytest.LogCaptureFixture) -> None:
+    memory = HostMemory(2**20)
+    other = HostMemory(2**20)
+    other.bytes = memory.bytes  # what is pinned already is not pinned again
+    memory.pin()
+    with caplog.at_level(logging.WARNING):
+        other.pin()
+    assert "could not be pinned" in caplog.text
+    assert torch.ones(3, device="cuda").sum() == 3

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 
+from llmtailor.writer import host_memory
 from llmtailor.writer.host_memory import HostMemory
 from llmtailor.writer.pool import HostPool
 from llmtailor.writer.scratch import Scratch
@@ -25,6 +27,8 @@ class Cudart:
     pinned: dict[int, int] = field(default_factory=dict)
     """Address -> bytes."""
     num_calls: int = 0
+    error: int = 0
+    """What the next kernel of this thread would be said to have met."""
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
         assert flags == 1, "for every device"
@@ -32,17 +36,23 @@ class Cudart:
         if self.code == 0:
             assert address not in self.pinned
             self.pinned[address] = nbytes
+        self.error = self.code
         return self.code
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         del self.pinned[address]
-        return 0
+        self.error = self.code
+        return self.code
+
+    def forget_error(self) -> None:
+        self.error = 0
 
 
 @pytest.fixture
 def cudart(monkeypatch: pytest.MonkeyPatch) -> Cudart:
     runtime = Cudart()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(host_memory, "_forget_error", runtime.forget_error)
     return runtime
 
 
@@ -73,6 +83,17 @@ def test_memory_is_pinned_once_and_let_go_of(cudart: Cudart) -> None:
     assert not cudart.pinned
 
 
+def test_a_forked_process_does_not_let_go_of_what_its_parent_pinned(
+    cudart: Cudart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = HostMemory(PAGE)
+    memory.pin()
+    pid = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+    del memory
+    assert cudart.pinned
+
+
 def test_no_memory_is_not_pinned(cudart: Cudart) -> None:
     HostMemory().pin()
     assert cudart.num_calls == 0
@@ -84,7 +105,28 @@ def test_memory_that_cannot_be_pinned_is_used_all_the_same(cudart: Cudart, caplo
     with caplog.at_level(logging.WARNING):
         memory.pin()
     assert "could not be pinned (CUDA error 2)" in caplog.text
+    assert cudart.error == 0, "the training would end for it"
     memory.close()  # unregisters nothing: it would fail here
+
+
+def test_memory_that_stays_pinned_is_said_and_ends_nothing(cudart: Cudart, caplog: pytest.LogCaptureFixture) -> None:
+    memory = HostMemory(PAGE)
+    memory.pin()
+    cudart.code = 3
+    with caplog.at_level(logging.WARNING):
+        memory.close()
+    assert "stays pinned (CUDA error 3)" in caplog.text
+    assert cudart.error == 0
+
+
+def test_memory_that_nobody_closed_is_let_go_of_before_it_is_unmapped(cudart: Cudart) -> None:
+    """Else CUDA would take what is mapped there next for the pages that were."""
+    memory = HostMemory(PAGE)
+    memory.pin()
+    view = memory.tensor[:8]
+    del memory
+    assert not cudart.pinned
+    assert int(view.sum()) == 0
 
 
 def reserve_pool() -> tuple[Callable[[int, bool], None], Callable[[], None]]:
