@@ -1,18 +1,17 @@
 """How fast are codes made on a GPU, against the copy that they make smaller?
 
 Strips of fp32 numbers on one CUDA device, every codec, fused (Triton): bytes of input by time of the device; beside
-them the copy of the same bytes to pinned host memory, which binds an exact save, and the copy within the device. Then
-the whole way of a layer, from live tensors to codes in host memory, by the clock on the wall, beside the copy of the
-layer to pinned memory. Then saves of a Llama with AdamW while it trains: how long training is held up, and how long the
-capture takes, exactly and as codes.
+them the copy of the same bytes to pinned host memory, which binds an exact save, and the copy within the device. In
+strips as long as those of a save, and in others: a launch takes the same time for any of them.
+Then the whole way of a layer, a block of Llama-3.1-8B, from live tensors to codes in host memory, by the clock on the
+wall, beside the copy of the layer to pinned memory; with what codes are relative to read back from the disk.
 
-    python benchmarks/gpu_codecs.py [million elements] [repeats] [hidden size]
+    python benchmarks/gpu_codecs.py [million elements] [repeats]
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
 import sys
 import tempfile
 import time
@@ -22,16 +21,16 @@ from typing import Any
 
 import torch
 from bench_codecs import layer_ways, make_values, strips
-from bench_coded_save import RESTS, make_run
 from environment import publish
-from gpu_save import TrainingLoop
-from models import llama, llama_of_35_layers
+from models import llama
 from turns import spread, take_turns
 
 from llmtailor.codecs.encoding import KERNELS
 from llmtailor.codecs.kernels import Kernels
 from llmtailor.codecs.stored import BLOCK_NUMEL
 from llmtailor.writer.devices import Lanes, fence
+
+OTHER_STRIPS = (2**22, 2**24, 2**25, 2**26)
 
 
 def device_secs(call: Callable[[], object]) -> float:
@@ -54,29 +53,44 @@ def measure_kernels(numel: int, repeats: int) -> dict[str, Any]:
         "copy_to_pinned": lambda: device_secs(lambda: pinned.copy_(source, non_blocking=True)),
         "copy_on_device": lambda: device_secs(lambda: target.copy_(source)),
     }
-    for codec in KERNELS:
-        values, base = make_values(codec, numel, device)
-        strip = kernels.strip_numel(device)
-        pairs = [
-            (each.view(-1, BLOCK_NUMEL), None if of_base is None else of_base.view(-1, BLOCK_NUMEL))
-            for each, of_base in zip(strips(values, strip, numel), strips(base, strip, numel), strict=True)
-        ]
-        turns[f"{codec}_encode"] = lambda codec=codec, pairs=pairs: device_secs(  # type: ignore[misc]
-            lambda: [kernels.get(codec, each)(each, of_base) for each, of_base in pairs]
-        )
+    own = kernels.strip_numel(device)
+    rows: dict[str, Any] = {"are_fused": kernels.are_fused, "strip_elements": own}
     with torch.no_grad():
+        for codec in KERNELS:
+            values, base = make_values(codec, numel, device)
+            encode = functools.partial(encode_in_strips, kernels, codec, values, base)
+            rows[f"{codec}_device_bytes"] = peak_nbytes(functools.partial(encode, own, own))
+            for strip in {own, *OTHER_STRIPS}:
+                name = f"{codec}_encode" if strip == own else f"{codec}_encode_{strip // 2**20}m"
+                turns[name] = functools.partial(device_secs, functools.partial(encode, strip, numel))
         for turn in turns.values():
             turn()
         samples = take_turns(turns, repeats)
     nbytes = numel * 4
-    rows: dict[str, Any] = {"are_fused": kernels.are_fused}
     for name, secs in samples.items():
         rows |= spread(name, [nbytes / 1e9 / each for each in secs], unit="gb_per_sec", digits=2)
-    for codec in KERNELS:
+    for name in turns.keys() - {"copy_to_pinned", "copy_on_device"}:
         for copy in ("copy_to_pinned", "copy_on_device"):
-            share = rows[f"{codec}_encode_gb_per_sec_median"] / rows[f"{copy}_gb_per_sec_median"]
-            rows[f"{codec}_share_of_{copy}"] = round(share, 3)
+            share = rows[f"{name}_gb_per_sec_median"] / rows[f"{copy}_gb_per_sec_median"]
+            rows[f"{name}_share_of_{copy}"] = round(share, 3)
     return rows
+
+
+def encode_in_strips(
+    kernels: Kernels, codec: str, values: torch.Tensor, base: torch.Tensor | None, strip: int, numel: int
+) -> None:
+    pairs = zip(strips(values, strip, numel), strips(base, strip, numel), strict=True)
+    for each, of_base in pairs:
+        blocks = each.view(-1, BLOCK_NUMEL)
+        kernels.get(codec, blocks)(blocks, None if of_base is None else of_base.view(-1, BLOCK_NUMEL))
+
+
+def peak_nbytes(call: Callable[[], object]) -> int:
+    """Memory of the device that a call takes on top of what is there."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def wall_secs(call: Callable[[], object]) -> float:
@@ -108,36 +122,13 @@ def measure_layers(repeats: int) -> dict[str, Any]:
     return rows
 
 
-def measure_saves(hidden_size: int, repeats: int) -> dict[str, Any]:
-    model, optimizer = llama_of_35_layers(hidden_size, vocab_size=16032, device="cuda")
-    loop = TrainingLoop(model, optimizer, num_tokens=4096)
-    rows: dict[str, Any] = {"hidden_size": hidden_size}
-    with tempfile.TemporaryDirectory() as directory:
-        for rest in ("exact", *RESTS):
-            ours = make_run(Path(directory), rest, model, optimizer)
-            ours.save_durably()
-            loop.cost(ours)
-            ours.all_stats.clear()
-            costs = [loop.cost(ours) for _ in range(repeats)]
-            rows |= spread(f"{rest}_host_stall", [each.host_stall for each in costs], digits=4)
-            rows |= spread(f"{rest}_lost", [each.lost for each in costs], digits=4)
-            captures = [each.capture_secs for each in ours.all_stats]
-            rows[f"{rest}_capture_secs_median"] = round(statistics.median(captures), 4)
-            ours.close()
-    return rows
-
-
 def main() -> None:
     if not torch.cuda.is_available():
         print("skipped: torch sees no CUDA device", file=sys.stderr)
         return
-    millions, repeats, hidden_size = [int(text) for text in sys.argv[1:]] + [256, 7, 1024][len(sys.argv) - 1 :]
+    millions, repeats = [int(text) for text in sys.argv[1:]] + [256, 7][len(sys.argv) - 1 :]
     rows = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "repeats": repeats}
-    for measure in (
-        functools.partial(measure_kernels, millions * 2**20),
-        measure_layers,
-        functools.partial(measure_saves, hidden_size),
-    ):
+    for measure in (functools.partial(measure_kernels, millions * 2**20), measure_layers):
         rows |= measure(repeats)
         publish("gpu_codecs", rows)  # what was measured stays, should the machine be needed elsewhere
 

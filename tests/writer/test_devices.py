@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import master_adamw
 from coded_runs import check_errors
 from llmtailor.checkpoint import open_checkpoint
 from llmtailor.codecs import kernels
@@ -16,6 +17,7 @@ from llmtailor.writer.host_memory import HostMemory
 from tiny_models import assert_same
 from writer.coded_trainings import BLOCKS, COMPACT4, Q4, check, coded_layers, load, new_training, nothing
 from writer.test_lazy_capture import CASES, train_and_compare
+from writer.test_masters import ERRORS, check_exact, check_near, layers_of
 from writer.trainings import Model
 
 pytestmark = pytest.mark.gpu
@@ -57,6 +59,26 @@ def test_fused_codes_of_a_device_load_within_the_error_that_is_said_of_them(
     assert verify_checkpoint(path).is_good
     check_errors(open_checkpoint(path).manifest, load(training, path), training.states)
     training.close()
+
+
+@pytest.mark.parametrize("rest", ["skip", "q8", "compact"])
+def test_masters_of_a_device_are_packed_or_coded(fast_directory: Path, rest: str) -> None:
+    how = {} if rest == "skip" else {"rest": rest, "strategy": nothing}
+    training = master_adamw.new_training(fast_directory, model=Model().cuda(), **how)
+    for _ in range(3):
+        training.train()
+        path = training.save().result()
+    training.close()
+    truth = training.states[3]
+    found = master_adamw.load(path, training).state()
+    if rest == "skip":
+        packed = [check_exact(path, layer, truth) for layer in layers_of(path).values()]
+        assert sum(map(len, packed)) == 2 * len(BLOCKS)
+        assert_same(found, truth)
+    else:
+        assert coded_layers(path) == set(BLOCKS)
+        check_near(found, truth, ERRORS[rest])
+        assert not master_adamw.weights_that_are_not_rounded_masters(found)
 
 
 def test_memory_is_pinned_and_let_go_of_whoever_forgets_to_close_it(caplog: pytest.LogCaptureFixture) -> None:

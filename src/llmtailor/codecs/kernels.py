@@ -25,11 +25,12 @@ KernelKey: TypeAlias = tuple[str, torch.dtype, torch.device]
 
 # Below this the reference is done before a compiler would be.
 _MIN_COMPILED_NUMEL = 2**24
-# A strip and what is made of it stay in the second-level cache; on a GPU launches must not count.
+# A strip and what is made of it stay in the second-level cache. On a GPU it is what launches take that must not count;
+# a strip's codes and what they are relative to take memory there.
 _HOST_STRIP_NUMEL = 2**18
 # Smaller strips are few, and torch would compile for some of them anew.
 _MIN_FUSED_NUMEL = 2**14
-_DEVICE_STRIP_NUMEL = 2**22
+_DEVICE_STRIP_NUMEL = 2**24
 # torch does so much on the calling thread: a second team of threads beside the one that trains would slow both down.
 # Source: torch 2.13, aten/src/ATen/TensorIterator.h (GRAIN_SIZE).
 _REFERENCE_STRIP_NUMEL = 2**15

@@ -124,58 +124,66 @@ class LayerEncoder:
         is_pinned = any(tensor.is_cuda for _, _, tensor in coded.tensors())
         self._scratch.reserve(_scratch_sizes(coded), is_pinned=is_pinned)
         source = _Source(base=base, check_readable=check_readable)
-        items = {key: _Item(key=key, stored=stored, tensor=tensor) for key, stored, tensor in coded.tensors()}
         masters = coded.weights_of_masters
+        items = {
+            key: _Item(key=key, stored=stored, tensor=tensor, weight=masters[key][1] if key in masters else None)
+            for key, stored, tensor in coded.tensors()
+        }
         found: list[_EncodedTensor] = []
         try:
-            for key, item in items.items():
-                with self._lanes.of(item.tensor):
-                    if key in masters:
-                        fqn, weight = masters[key]
-                        found += self._encode_master(replace(item, weight=weight), items.get(fqn), source)
-                    elif item.stored.codec != "round":  # that comes with its master
-                        found.append(self._encode_tensor(item, source) or _keep(item))
+            begun: list[_Begun] = []
+            for item in items.values():
+                if item.stored.codec != "round":  # that comes with its master
+                    with self._lanes.of(item.tensor):
+                        begun.append(self._begin(item, source))
+            # Only now, for whoever looks at a measure waits for its device, which could go on meanwhile.
+            for each in begun:
+                with self._lanes.of(each.item.tensor):
+                    if each.item.weight is None:
+                        found.append(_judge(each) or _keep(each.item))
+                    else:
+                        found += self._end_master(each, items.get(masters[each.item.key][0]), source)
         finally:
             self._lanes.synchronize()  # until then codes of a device are on their way to the scratch
         parts: dict[Component, list[Deviation]] = defaultdict(list)
-        for each in found:
-            component = component_of(each.key)
+        for encoded in found:
+            component = component_of(encoded.key)
             # What is said of weights is said of what they are the rounding of, too.
-            parts[Component.WEIGHTS if component is Component.MASTER else component].append(each.deviation)
-        total = {component: Deviation.of(each) for component, each in parts.items()}
+            parts[Component.WEIGHTS if component is Component.MASTER else component].append(encoded.deviation)
+        total = {component: Deviation.of(deviations) for component, deviations in parts.items()}
         # Written so that an error which is no number is too large.
-        if not all(each.l2 <= coded.rest.limit(component) for component, each in total.items()):
+        if not all(deviation.l2 <= coded.rest.limit(component) for component, deviation in total.items()):
             return None
         return _finish(coded, found, total, base)
 
-    def _encode_master(self, master: _Item, weight: _Item | None, source: _Source) -> Iterator[_EncodedTensor]:
+    def _end_master(self, begun: _Begun, weight: _Item | None, source: _Source) -> Iterator[_EncodedTensor]:
         """A master and, unless the weights file holds it as it is, its weight."""
-        found = self._encode_tensor(master, source)
+        found = _judge(begun)
         is_rounded = found is not None and found.of_weight is not None
         if weight is None:
             # Relative to the weight, which it says nothing about unless it rounds to that.
-            yield found if found is not None and is_rounded else _keep(master)
+            yield found if found is not None and is_rounded else _keep(begun.item)
             return
-        yield found or _keep(master)
+        yield found or _keep(begun.item)
         if found is not None and found.of_weight is not None:
             yield _EncodedTensor(key=weight.key, stored=weight.stored, arrays={}, deviation=found.of_weight)
         else:
             packed = replace(weight, stored=replace(weight.stored, codec="xor"))
-            yield self._encode_tensor(packed, source) or _keep(packed)
+            yield self._pack(packed, source) or _keep(packed)
 
-    def _encode_tensor(self, item: _Item, source: _Source) -> _EncodedTensor | None:
-        """The codes of a tensor; None if it has to stay as it is."""
+    def _begin(self, item: _Item, source: _Source) -> _Begun:
+        """Have the codes of a tensor made; those of a device may not be there yet."""
         key, stored, tensor, base = item.key, item.stored, item.tensor, source.base
         if stored.codec == "exact":
-            return _keep(item)
+            return _Begun(item=item, encoded=_keep(item))
         if stored.base == "exact":
             assert base is not None
             if item.weight is None:
                 base.check(key, stored.meta)
             elif not base.has_master(key, stored.meta):
-                return None
+                return _Begun(item=item, encoded=None)
         if stored.codec == "xor":
-            return self._pack(item, source)
+            return _Begun(item=item, encoded=self._pack(item, source))
         is_rounding = stored.base == "rounded" and item.weight is None
         arrays = {name: self._scratch.take(meta.dtype, meta.numel) for name, meta in stored.arrays.items()}
         rounded = self._scratch.take("BF16", tensor.numel()) if is_rounding else None
@@ -193,17 +201,14 @@ class LayerEncoder:
             measures.append(found.pop())
             for target, array in zip(targets, found, strict=True):
                 _copy_strip(array, target, start, -(-(stop - start) // BLOCK_NUMEL))
-        deviation = _sum_up(stored.codec, measures)
-        if deviation is None:
-            return None
-        return _EncodedTensor(
+        encoded = _EncodedTensor(
             key=key,
             stored=stored,
             arrays=arrays,
-            deviation=deviation,
+            deviation=Deviation(),
             rounded=None if rounded is None else rounded.view(tensor.shape),
-            of_weight=_sum_up_weight(of_weight) if of_weight else None,
         )
+        return _Begun(item=item, encoded=encoded, measures=measures, of_weight=of_weight)
 
     def _encode_strip(self, item: _Item, base: BaseLayer | None, start: int, stop: int) -> list[torch.Tensor]:
         """What a kernel makes of some elements."""
@@ -270,6 +275,31 @@ class _EncodedTensor:
     """What goes into the weights file instead of it."""
     of_weight: Deviation | None = None
     """Of a master: how far its codes, rounded, are from the weight; None if it does not round to that itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun:
+    """A tensor whose codes are being made."""
+
+    item: _Item
+    encoded: _EncodedTensor | None
+    """What it becomes, unless the measures say otherwise; None if it has to stay as it is."""
+    measures: Sequence[torch.Tensor] = ()
+    """Of each strip; none where nothing was rounded."""
+    of_weight: Sequence[torch.Tensor] = ()
+    """Of a master, the measures of its weight."""
+
+
+def _judge(begun: _Begun) -> _EncodedTensor | None:
+    """What became of a tensor; None if it has to stay as it is."""
+    encoded = begun.encoded
+    if encoded is None or not begun.measures:
+        return encoded
+    deviation = _sum_up(encoded.stored.codec, begun.measures)
+    if deviation is None:
+        return None
+    of_weight = _sum_up_weight(begun.of_weight) if begun.of_weight else None
+    return replace(encoded, deviation=deviation, of_weight=of_weight)
 
 
 def _keep(item: _Item) -> _EncodedTensor:
