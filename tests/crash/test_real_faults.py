@@ -197,3 +197,14 @@ def test_refused_link_for_want_of_space_is_no_reason_to_copy(tmp_path: Path) -> 
     run = RunDirectory(tmp_path / "a", FaultyFileSystem(refused={"link": errno.ENOSPC}))  # type: ignore[arg-type]
     fails(run, save_fake(run, 10), kind="no-space", layers={"norm"})
     run.close()
+
+
+def test_where_no_room_can_be_reserved_nothing_is_written_for_it(mounts: Mounts) -> None:
+    """The C library's way out is a byte in every page: over a network, a round trip for each."""
+    disk = mounts.mount("ramfs", "mode=755")
+    path = disk / "file"
+    with path.open("xb") as file:
+        LocalFileSystem().allocate(file.fileno(), 2**20)
+    assert path.stat().st_size == 0
+    run = RunDirectory(disk / "a")
+    works(run, save_fake(run, 10))

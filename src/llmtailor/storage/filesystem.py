@@ -56,12 +56,20 @@ class LocalFileSystem:
         return descriptor
 
     def allocate(self, descriptor: int, nbytes: int) -> None:
-        """Reserve blocks, so that a full disk is found before anything is written."""
-        try:
-            os.posix_fallocate(descriptor, 0, nbytes)
-        except OSError as err:
-            if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
+        """Reserve blocks, so that a full disk is found before anything is written; nothing where that is not possible.
+
+        Not by ``posix_fallocate``: where a file system cannot, as NFS before 4.2, the C library writes a byte to every
+        page. Source: glibc 2.36, sysdeps/posix/posix_fallocate.c.
+        """
+        fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+        if fallocate is None:
+            return
+        while fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+            number = ctypes.get_errno()
+            if number in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                return
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
 
     def write(self, descriptor: int, buffer: memoryview) -> None:
         """Write all of the buffer at the file's position."""
