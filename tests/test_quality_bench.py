@@ -19,7 +19,8 @@ SEVERAL = "parity-skip-every2-failures2"
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARK))
-    return {name: importlib.import_module(name) for name in ("settings", "run", "summary")}
+    names = ("configurations", "settings", "run", "summary", "training")
+    return {name: importlib.import_module(name) for name in names}
 
 
 def tiny_settings(settings: ModuleType) -> Any:
@@ -80,3 +81,11 @@ def test_steps_lost_are_read_between_the_references(modules: dict[str, ModuleTyp
     assert steps_lost(0.7, references) == pytest.approx(60)
     assert steps_lost(-0.01, references) == pytest.approx(-2)
     assert steps_lost(0.1, [(20, 0.1), (40, 0.05)]) is None
+
+
+def test_what_is_compared_on_a_gpu_can_be_run_there(modules: dict[str, ModuleType]) -> None:
+    """A name that no configuration has would be left out without a word."""
+    large = modules["settings"].LARGE
+    planned = [each.name for each in modules["configurations"].list_configurations(large)]
+    assert sorted(planned) == sorted(large.compared)
+    assert modules["training"].count_parameters(large.model, large.sequence_length) >= 100_000_000

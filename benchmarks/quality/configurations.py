@@ -117,7 +117,8 @@ def plan_saves(configuration: Configuration, regime: Regime, seed: int) -> range
 
 def list_configurations(settings: Settings) -> list[Configuration]:
     """All, the most telling first; those that this version of LLMTailor cannot do are left out."""
-    return [configuration for configuration in _list_all(settings) if is_possible(configuration)]
+    possible = [configuration for configuration in _list_all(settings) if is_possible(configuration)]
+    return [each for each in possible if not settings.compared or each.name in settings.compared]
 
 
 def is_possible(configuration: Configuration) -> bool:

@@ -213,7 +213,7 @@ def add_noise(state: State, seed: int) -> State:
     """The same state with weights that are off by one part in a million."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: value * (1 + _NOISE * torch.randn(value.shape, generator=generator))
+        name: value * (1 + _NOISE * torch.randn(value.shape, generator=generator).to(value.device))
         if name.startswith("weights.")
         else value
         for name, value in state.items()

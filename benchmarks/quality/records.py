@@ -28,8 +28,10 @@ def describe_work(
 ) -> dict[str, Any]:
     """All that a result depends on; plain JSON."""
     shared = asdict(settings)
-    for name in ("regimes", "seeds", "base"):
+    for name in ("regimes", "seeds", "base", "compared"):
         del shared[name]
+    if settings.device == "cpu":
+        del shared["device"]  # as in results from before there was another
     if configuration.failures < 2:
         del shared["failure_steps"]
     work = {

@@ -2,9 +2,10 @@
 
 A Llama of 5 M parameters on real text, from scratch and fine-tuned, each restore against the uninterrupted run on the
 same batches. Every result is kept as a file of its own; started again, it goes on where it was. ``summary.py`` makes
-the table. Takes most of an hour, on one thread.
+the table. Takes most of an hour, on one thread. ``--large`` trains 112 M parameters on a GPU and compares less; its
+results are ``quality-large``. A file system in memory (``BENCH_DIRECTORY=/dev/shm``) spares it the disk.
 
-    python benchmarks/quality/run.py
+    python benchmarks/quality/run.py [--large] [names of configurations]
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from configurations import REFERENCE, Configuration, list_configurations
 from corpus import Corpus, load_corpus
 from experiment import Experiment
 from records import describe_machine, describe_work, find_result, keep_result, result_path
-from settings import FULL, RESULTS, Regime, Settings, cache_directory
+from settings import FULL, LARGE, RESULTS, Regime, Settings, cache_directory
 from training import count_parameters, load_base
 
 
@@ -146,18 +147,28 @@ def say(text: str) -> None:
 
 def main() -> None:
     os.nice(5)
+    names = sys.argv[1:]
+    is_large = "--large" in names
+    settings = LARGE if is_large else FULL
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        print("skipped: torch sees no CUDA device", file=sys.stderr)
+        return
+    if settings.device == "cuda":
+        # What cuBLAS computes is the same twice only so. Source: CUDA 13, cuBLAS, "Results Reproducibility".
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.set_float32_matmul_precision("high")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    settings = FULL
     for name, value in describe_machine().items():
         say(f"{name}: {value}")
     size = settings.model
     say(f"parameters: {count_parameters(size, settings.sequence_length)}; {size}")
     for regime in settings.regimes:
         say(f"{regime}")
-    say(f"seeds {settings.seeds}, sequences of {settings.sequence_length}, {settings.batch_size} a batch, one thread")
-    num_measured = run_all(settings, RESULTS / "quality", cache_directory(), only=sys.argv[1:])
-    say(f"done; {num_measured} results are new. Now: python benchmarks/quality/summary.py")
+    say(f"seeds {settings.seeds}, sequences of {settings.sequence_length}, {settings.batch_size} a batch")
+    directory = RESULTS / ("quality-large" if is_large else "quality")
+    num_measured = run_all(settings, directory, cache_directory(), only=[each for each in names if each != "--large"])
+    say(f"done; {num_measured} results are new. Now: python benchmarks/quality/summary.py{' --large' * is_large}")
 
 
 if __name__ == "__main__":

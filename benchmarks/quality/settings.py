@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -64,6 +64,10 @@ class Settings:
     """Of the runs with five failures; after odd and after even saves, so that either half of ``parity`` is stale."""
     last_losses: int = 20
     """Steps over which the training losses at the end are averaged."""
+    device: str = "cpu"
+    """Where it trains: ``cpu``, on one thread, or ``cuda``, with matrix products in TF32."""
+    compared: tuple[str, ...] = ()
+    """Names of configurations; all if empty."""
 
 
 PRETRAINING = Regime(
@@ -106,6 +110,29 @@ BASE = Regime(
     weight_decay=0.1,
 )
 FULL = Settings(regimes=(PRETRAINING, FINE_TUNING), base=BASE)
+LARGE = Settings(
+    model=ModelSize(vocabulary=8192, hidden=768, layers=14, intermediate=2048, heads=12, initializer_range=0.02),
+    regimes=(replace(PRETRAINING, lr=6e-4), replace(FINE_TUNING, lr=1e-4)),
+    base=replace(BASE, lr=6e-4),
+    sequence_length=256,
+    batch_size=8,
+    device="cuda",
+    compared=(
+        "reference",
+        "noise",
+        *(f"stale-{age}" for age in (20, 40, 80, 140)),
+        "full-skip-every20",
+        *(f"round_robin-{rest}-every20" for rest in ("q8", "q4", "compact")),
+        *(f"{name}-{rest}-every20" for name in ("parity", "filter", "top_drift") for rest in ("skip", "q8", "q4")),
+        "parity-skip-every10",
+        "filter-skip-every5",
+        "top_drift-skip-every10",
+        "round_robin-q8-every6",
+        "round_robin-q4-every4",
+        *(f"{name}-every20-failures5" for name in ("parity-skip", "parity-q4", "round_robin-q4")),
+    ),
+)
+"""112 M parameters, for one GPU and some ten minutes."""
 
 
 def cache_directory() -> Path:

@@ -3,7 +3,7 @@
 A difference of the validation loss is read in steps: how many steps everything would have to be stale to make the same
 difference, by the same seed's references, linearly in between and beyond.
 
-    python benchmarks/quality/summary.py
+    python benchmarks/quality/summary.py [--large]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from configurations import REFERENCE, Configuration, list_configurations
 from corpus import load_corpus
 from plot import draw_costs
 from records import describe_machine, describe_work, find_result, result_path
-from settings import FULL, RESULTS, Regime, Settings, cache_directory
+from settings import FULL, LARGE, RESULTS, Regime, Settings, cache_directory
 from tables import make_tables
 from training import count_parameters
 
@@ -160,11 +161,11 @@ def write_document(path: Path, tables: str) -> None:
 
 
 def publish(settings: Settings, directory: Path, cache: Path, document: Path | None = None) -> dict[str, Any]:
-    """Write ``quality.json`` and ``quality.png`` beside the directory of the results; returns the rows."""
+    """Write JSON and picture beside the directory of the results, with its name; returns the rows."""
     rows = summarize(settings, read_results(settings, directory, cache))
-    record = {"question": "quality", "environment": describe_machine(), "rows": rows}
-    (directory.parent / "quality.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    draw_costs(rows, directory.parent / "quality.png")
+    record = {"question": directory.name, "environment": describe_machine(), "rows": rows}
+    directory.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    draw_costs(rows, directory.with_suffix(".png"))
     tables = make_tables(rows)
     if document is not None:
         write_document(document, tables)
@@ -174,7 +175,10 @@ def publish(settings: Settings, directory: Path, cache: Path, document: Path | N
 
 
 def main() -> None:
-    publish(FULL, RESULTS / "quality", cache_directory(), DOCUMENT if DOCUMENT.exists() else None)
+    if "--large" in sys.argv[1:]:
+        publish(LARGE, RESULTS / "quality-large", cache_directory())
+    else:
+        publish(FULL, RESULTS / "quality", cache_directory(), DOCUMENT if DOCUMENT.exists() else None)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Training:
         self.settings = settings
         self.regime = regime
         self.seed = seed
-        self.model = build_model(settings.model, seed, settings.sequence_length)
+        self.model = build_model(settings.model, seed, settings.sequence_length, settings.device)
         if weights is not None:
             self.model.load_state_dict(weights)
         # The learning rate is that of the step, see `advance`.
@@ -48,7 +48,8 @@ class Training:
         )
         self._training_tokens = torch.from_numpy(corpus.training[regime.corpus].astype(np.int64))
         held_out = torch.from_numpy(corpus.validation[regime.corpus].astype(np.int64))
-        self._validation = cut_evenly(held_out, settings.sequence_length + 1, settings.validation_sequences)
+        rows = cut_evenly(held_out, settings.sequence_length + 1, settings.validation_sequences)
+        self._validation = rows.to(settings.device)
 
     def advance(self, first: int, last: int, after_step: Callable[[int], None] = lambda step: None) -> list[float]:
         """Take the steps from ``first`` (done before) to ``last`` (done then); returns their losses.
@@ -78,7 +79,8 @@ class Training:
         length = self.settings.sequence_length + 1
         generator = np.random.default_rng([self.seed, step])
         starts = generator.integers(0, len(self._training_tokens) - length + 1, self.settings.batch_size)
-        return torch.stack([self._training_tokens[start : start + length] for start in starts])
+        rows = torch.stack([self._training_tokens[start : start + length] for start in starts])
+        return rows.to(self.settings.device)
 
     @torch.no_grad()
     def validation_loss(self) -> float:
@@ -101,13 +103,13 @@ class Training:
         for name, parameter in self.model.named_parameters():
             parameter.copy_(state[f"weights.{name}"])
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=parameter.device),
                 "exp_avg": state[f"exp_avg.{name}"].clone(),
                 "exp_avg_sq": state[f"exp_avg_sq.{name}"].clone(),
             }
 
 
-def build_model(size: ModelSize, seed: int, sequence_length: int) -> LlamaForCausalLM:
+def build_model(size: ModelSize, seed: int, sequence_length: int, device: str = "cpu") -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=size.vocabulary,
@@ -119,13 +121,15 @@ def build_model(size: ModelSize, seed: int, sequence_length: int) -> LlamaForCau
         max_position_embeddings=sequence_length,
         tie_word_embeddings=False,
         initializer_range=size.initializer_range,
+        # On CUDA the backward pass of the fused one is not the same twice.
+        attn_implementation="sdpa" if device == "cpu" else "eager",
     )
-    return LlamaForCausalLM(config)
+    with torch.device(device):
+        return LlamaForCausalLM(config)
 
 
 def count_parameters(size: ModelSize, sequence_length: int) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_model(size, 0, sequence_length).parameters())
+    return sum(parameter.numel() for parameter in build_model(size, 0, sequence_length, "meta").parameters())
 
 
 def loss_of(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
@@ -150,7 +154,9 @@ def cut_evenly(tokens: torch.Tensor, length: int, limit: int) -> torch.Tensor:
 
 def load_base(settings: Settings, corpus: Corpus, cache: Path, say: Callable[[str], None]) -> State:
     """Weights of the base model: from the cache, or trained and kept there."""
-    shape = [settings.sequence_length, settings.batch_size]
+    shape: list[object] = [settings.sequence_length, settings.batch_size]
+    if settings.device != "cpu":
+        shape.append(settings.device)
     key = json.dumps([asdict(settings.model), asdict(settings.base), *shape, corpus.digest, torch.__version__])
     path = cache / f"base-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if not path.exists():
