@@ -16,7 +16,7 @@ def mounts(tmp_path: Path) -> Iterator[Mounts]:
     mounts.close()
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left_of_other_tests() -> None:
-    """Runs that a test before forgot about would be closed in the middle of this one, which counts open files."""
-    gc.collect()
+@pytest.fixture
+def nothing_is_left_of_other_tests() -> None:
+    """For tests that count open files: runs that a test before forgot about would be closed in the middle of them."""
+    gc.collect()  # for half a second, where many libraries were imported

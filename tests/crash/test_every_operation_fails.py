@@ -35,6 +35,8 @@ from llmtailor.storage import RunDirectory, direct_file, list_checkpoints
 from llmtailor.verify import verify_checkpoint
 from llmtailor.writer import engine
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left_of_other_tests")
+
 KINDS = {errno.EIO: "io", errno.ENOSPC: "no-space", errno.EDQUOT: "no-space", errno.EACCES: "read-only"}
 # Of these two, as of a removal that stopped half way, nothing is lost but space, until the next save.
 MAY_LEAVE_RUBBISH = {"remove_tree", "remove_empty_directory"}

@@ -40,6 +40,8 @@ from llmtailor.resume import find_resumable
 from llmtailor.storage import RunDirectory, direct_file, list_checkpoints
 from llmtailor.verify import verify_checkpoint
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left_of_other_tests")
+
 # Source: Linux fs/ext4/ext4.h and fs/xfs/libxfs/xfs_fs.h, FS_IOC_SHUTDOWN = _IOR('X', 125, __u32), NOLOGFLUSH = 2.
 _FS_IOC_SHUTDOWN = 0x8004587D
 _NO_LOG_FLUSH = struct.pack("I", 2)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +137,24 @@ def test_listener_that_raises_leaves_no_child_behind(script: Script, log: Path) 
     with pytest.raises(StopError):
         run_child(script("loss(os.getpid()); time.sleep(60)"), log=log, listen=listen)
     assert not is_alive(pids[0])
+
+
+def test_interrupt_in_the_middle_of_a_start_leaves_no_child_behind(
+    script: Script, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_child(script("time.sleep(60)"), log=log, listen=lambda event: None)
+    (child,) = started
+    assert child.wait(10) == -signal.SIGKILL
 
 
 def test_child_does_not_see_a_launcher(script: Script, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

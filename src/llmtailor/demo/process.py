@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,10 +125,12 @@ def child_command(spec: ChildSpec) -> list[str]:
 def _started(spec: ChildSpec, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A training process and the pipe it reports on; it does not outlive the block."""
     reader, writer = os.pipe()
-    try:
-        try:
-            with log.open("ab") as sink:
-                process = subprocess.Popen(
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        with log.open("ab") as sink:
+            started.append(
+                subprocess.Popen(
                     child_command(dataclasses.replace(spec, events_fd=writer)),
                     stdin=subprocess.DEVNULL,
                     stdout=sink,
@@ -136,14 +139,21 @@ def _started(spec: ChildSpec, log: Path) -> Iterator[tuple[subprocess.Popen[byte
                     env=_environment(),
                     start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends the child
                 )
-        finally:
-            os.close(writer)
+            )
+
+    # By a thread that no signal's handler interrupts: of a child that is half started nobody would know.
+    starter = ThreadPoolExecutor(max_workers=1)
+    try:
         try:
-            yield process, reader
+            starter.submit(start).result()
         finally:
+            starter.shutdown()
+            os.close(writer)
+        yield started[0], reader
+    finally:
+        for process in started:
             process.kill()
             process.wait()
-    finally:
         os.close(reader)
 
 
