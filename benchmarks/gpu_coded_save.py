@@ -50,7 +50,6 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     model, optimizer = llama(hidden_size, vocab_size=16032, num_blocks=8, device="cuda")
     rows: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "repeats": repeats,
         "hidden_size": hidden_size,

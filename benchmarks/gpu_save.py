@@ -184,7 +184,6 @@ def main() -> None:
     publish(
         "gpu_save",
         {
-            "device": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
             "repeats": repeats,
             "hidden_size": hidden_size,

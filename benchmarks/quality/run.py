@@ -150,10 +150,10 @@ def main() -> None:
     names = sys.argv[1:]
     is_large = "--large" in names
     settings = LARGE if is_large else FULL
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        print("skipped: torch sees no CUDA device", file=sys.stderr)
-        return
     if settings.device == "cuda":
+        if not torch.cuda.is_available():
+            print("skipped: torch sees no CUDA device", file=sys.stderr)
+            return
         # What cuBLAS computes is the same twice only so. Source: CUDA 13, cuBLAS, "Results Reproducibility".
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.set_float32_matmul_precision("high")
