@@ -83,7 +83,7 @@ def test_steps_lost_are_read_between_the_references(modules: dict[str, ModuleTyp
     assert steps_lost(0.1, [(20, 0.1), (40, 0.05)]) is None
 
 
-def test_what_is_compared_on_a_gpu_can_be_run_there(modules: dict[str, ModuleType]) -> None:
+def test_what_is_compared_of_the_large_model_can_be_run(modules: dict[str, ModuleType]) -> None:
     """A name that no configuration has would be left out without a word."""
     large = modules["settings"].LARGE
     planned = [each.name for each in modules["configurations"].list_configurations(large)]

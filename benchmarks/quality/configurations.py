@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -138,7 +139,7 @@ def _list_all(settings: Settings) -> Iterator[Configuration]:
         for strategy in ("parity", "filter", "top_drift", "top_adam"):
             yield Configuration(strategy=strategy, rest=rest, interval=interval)
     for (strategy, rest), share in _SHORTER.items():
-        yield Configuration(strategy=strategy, rest=rest, interval=max(1, round(share * interval)))
+        yield Configuration(strategy=strategy, rest=rest, interval=math.ceil(share * interval))
     for strategy, rest in (
         ("parity", SKIP), ("filter", SKIP), ("top_drift", SKIP),
         ("round_robin", "q8"), ("round_robin", "q4"), ("parity", "q8"), ("parity", "q4"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from configurations import REFERENCE, Configuration, plan_saves
 from corpus import Corpus
+from safetensors.torch import load_file, save_file
 from saving import Saver, mean_written, resume_training
 from settings import Regime, Settings
 from training import State, Training
@@ -31,8 +33,8 @@ class Reference:
 
     losses: list[float] = field(default_factory=list)
     """Of each step."""
-    snapshots: dict[int, State] = field(default_factory=dict)
-    """Step -> state, where failures need one."""
+    snapshots: dict[int, Path] = field(default_factory=dict)
+    """Step -> file of the state, where failures need one."""
     loss_at_failure: float = 0.0
     """Validation."""
     loss_at_end: float = 0.0
@@ -75,6 +77,7 @@ class Experiment:
             started = time.process_time()
             result = self._measure_one(configuration, reference)
             cpu_secs = time.process_time() - started + (reference.cpu_secs if configuration == REFERENCE else 0)
+            shutil.rmtree(self._directory(configuration), ignore_errors=True)  # the references have none
             yield configuration, {**result, "cpu_secs": round(cpu_secs, 1)}
 
     def _measure_one(self, configuration: Configuration, reference: Reference) -> dict[str, Any]:
@@ -105,7 +108,7 @@ class Experiment:
                 for saver in savers:
                     saver.after_step(step)
                 if step in kept:
-                    reference.snapshots[step] = training.snapshot()
+                    reference.snapshots[step] = self._keep_snapshot(training, step)
 
             reference.losses = training.advance(0, failure, after_step)
             reference.written = {saver.configuration.name: saver.written for saver in savers}
@@ -113,8 +116,16 @@ class Experiment:
         reference.loss_at_failure = training.validation_loss()
         reference.losses += training.advance(failure, end, lambda step: self.note_steps(1))
         reference.loss_at_end = training.validation_loss()
-        reference.snapshots[end] = training.snapshot()
+        reference.snapshots[end] = self._keep_snapshot(training, end)
         return reference
+
+    def _keep_snapshot(self, training: Training, step: int) -> Path:
+        path = self.scratch / f"step-{step}.safetensors"
+        save_file(training.snapshot(), path)
+        return path
+
+    def _load_snapshot(self, reference: Reference, step: int) -> State:
+        return load_file(reference.snapshots[step], device=self.settings.device)
 
     def _due(self, configuration: Configuration) -> range:
         if configuration.failures == 1:
@@ -140,9 +151,9 @@ class Experiment:
         training = self._begin_elsewhere()
         result: dict[str, Any] = {}
         if configuration.strategy == "stale":
-            training.restore(reference.snapshots[failure - configuration.interval], updates=failure)
+            training.restore(self._load_snapshot(reference, failure - configuration.interval), updates=failure)
         elif configuration.strategy == "noise":
-            training.restore(add_noise(reference.snapshots[failure], self.seed), updates=failure)
+            training.restore(add_noise(self._load_snapshot(reference, failure), self.seed), updates=failure)
         else:
             resume_training(self._directory(configuration), training, failure)
             name = configuration.name
@@ -191,7 +202,7 @@ class Experiment:
         return {
             "difference_at_end": difference,
             "difference_of_last_losses": self._mean_of_last(losses) - self._mean_of_last(reference.losses),
-            "is_identical": are_equal(training.snapshot(), reference.snapshots[end]) and difference == 0,
+            "is_identical": are_equal(training.snapshot(), self._load_snapshot(reference, end)) and difference == 0,
         }
 
     def _mean_of_last(self, losses: list[float]) -> float:

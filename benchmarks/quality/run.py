@@ -2,14 +2,16 @@
 
 A Llama of 5 M parameters on real text, from scratch and fine-tuned, each restore against the uninterrupted run on the
 same batches. Every result is kept as a file of its own; started again, it goes on where it was. ``summary.py`` makes
-the table. Takes most of an hour, on one thread. ``--large`` trains 112 M parameters on a GPU and compares less; its
-results are ``quality-large``. A file system in memory (``BENCH_DIRECTORY=/dev/shm``) spares it the disk.
+the table. Takes most of an hour, on one thread. ``--large`` trains 112 M parameters and compares less, in three hours
+on one thread; its results are ``quality-large``. Two that train different regimes do not get in each other's way.
+A run of the large ones takes up to 60 GB of disk (in ``BENCH_DIRECTORY``) at a time, less with fewer configurations.
 
-    python benchmarks/quality/run.py [--large] [names of configurations]
+    python benchmarks/quality/run.py [--large] [--device cuda] [--regime P] [names of configurations]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -24,7 +26,7 @@ from configurations import REFERENCE, Configuration, list_configurations
 from corpus import Corpus, load_corpus
 from experiment import Experiment
 from records import describe_machine, describe_work, find_result, keep_result, result_path
-from settings import FULL, LARGE, RESULTS, Regime, Settings, cache_directory
+from settings import RESULTS, Regime, Settings, add_options, cache_directory, choose_settings
 from training import count_parameters, load_base
 
 
@@ -56,7 +58,9 @@ class Progress:
         return f"{self.num_taken}/{self.num_steps} steps, {elapsed / 60:.1f} min, {left / 60:.0f} min left"
 
 
-def run_all(settings: Settings, results: Path, cache: Path, only: Collection[str] = ()) -> int:
+def run_all(
+    settings: Settings, results: Path, cache: Path, only: Collection[str] = (), regimes: Collection[str] = ()
+) -> int:
     """Measure what is not there yet, seed by seed; returns how many results that was.
 
     Args:
@@ -64,6 +68,7 @@ def run_all(settings: Settings, results: Path, cache: Path, only: Collection[str
         results: Directory of the results.
         cache: Directory of tokens and base model.
         only: Names of configurations; all if empty.
+        regimes: Names of regimes; all if empty.
     """
     chars = settings.corpus_chars
     corpus = load_corpus(cache, vocabulary=settings.model.vocabulary, chars=chars)
@@ -72,6 +77,7 @@ def run_all(settings: Settings, results: Path, cache: Path, only: Collection[str
         plan_piece(settings, results, regime, seed, configurations, corpus)
         for seed in settings.seeds
         for regime in settings.regimes
+        if not regimes or regime.name in regimes
     ]
     pieces = [piece for piece in pieces if piece.missing]
     if not pieces:
@@ -147,9 +153,8 @@ def say(text: str) -> None:
 
 def main() -> None:
     os.nice(5)
-    names = sys.argv[1:]
-    is_large = "--large" in names
-    settings = LARGE if is_large else FULL
+    options = parse_options()
+    settings, name = choose_settings(options)
     if settings.device == "cuda":
         if not torch.cuda.is_available():
             print("skipped: torch sees no CUDA device", file=sys.stderr)
@@ -166,9 +171,18 @@ def main() -> None:
     for regime in settings.regimes:
         say(f"{regime}")
     say(f"seeds {settings.seeds}, sequences of {settings.sequence_length}, {settings.batch_size} a batch")
-    directory = RESULTS / ("quality-large" if is_large else "quality")
-    num_measured = run_all(settings, directory, cache_directory(), only=[each for each in names if each != "--large"])
-    say(f"done; {num_measured} results are new. Now: python benchmarks/quality/summary.py{' --large' * is_large}")
+    num_measured = run_all(
+        settings, RESULTS / name, cache_directory(), only=options.configurations, regimes=options.regime
+    )
+    say(f"done; {num_measured} results are new. Now summary.py, with the same --large and --device")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add_options(parser)
+    parser.add_argument("--regime", action="append", default=[], help="P or F alone (default: both)")
+    parser.add_argument("configurations", nargs="*", help="names as in the results (default: all)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

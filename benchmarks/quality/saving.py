@@ -17,6 +17,8 @@ from training import Training
 import llmtailor
 
 _OVER_LIMIT = "error limit"
+_POOL_NBYTES = 64 * 2**20
+"""Of each of some thirty runs that live beside each other; what they write is the same with any."""
 
 
 @dataclass
@@ -84,6 +86,7 @@ def open_run(directory: Path, training: Training, **options: Any) -> llmtailor.R
         keep=2,
         keep_consistent=False,
         capture="blocking",
+        pool_nbytes=_POOL_NBYTES,
         on_sigterm="ignore",
         **options,
     )

@@ -3,15 +3,15 @@
 A difference of the validation loss is read in steps: how many steps everything would have to be stale to make the same
 difference, by the same seed's references, linearly in between and beyond.
 
-    python benchmarks/quality/summary.py [--large]
+    python benchmarks/quality/summary.py [--large] [--device cuda]
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,12 +22,12 @@ from configurations import REFERENCE, Configuration, list_configurations
 from corpus import load_corpus
 from plot import draw_costs
 from records import describe_machine, describe_work, find_result, result_path
-from settings import FULL, LARGE, RESULTS, Regime, Settings, cache_directory
+from settings import RESULTS, Regime, Settings, add_options, cache_directory, choose_settings
 from tables import make_tables
 from training import count_parameters
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "quality.md"
-_BEGIN, _END = "<!-- begin: benchmarks/quality/summary.py -->", "<!-- end -->"
+_END = "<!-- end -->"
 
 Result = Mapping[str, Any]
 Results = Mapping[str, Mapping[int, Mapping[str, Result]]]
@@ -151,13 +151,14 @@ def _spread(name: str, values: Sequence[float], digits: int) -> dict[str, float 
     }
 
 
-def write_document(path: Path, tables: str) -> None:
-    """Put the tables between the marks of the document."""
+def write_document(path: Path, name: str, tables: str) -> None:
+    """Put the tables between the marks that the document has for these results, if it has them."""
     text = path.read_text(encoding="utf-8")
-    before, _, rest = text.partition(_BEGIN)
-    _, mark, after = rest.partition(_END)
-    assert mark, f"{path} lacks {_BEGIN} or {_END}"
-    path.write_text(f"{before}{_BEGIN}\n\n{tables}\n{_END}{after}", encoding="utf-8")
+    before, begin, rest = text.partition(f"<!-- begin: {name} -->")
+    if begin:
+        _, mark, after = rest.partition(_END)
+        assert mark, f"{path} lacks {_END}"
+        path.write_text(f"{before}{begin}\n\n{tables}\n{_END}{after}", encoding="utf-8")
 
 
 def publish(settings: Settings, directory: Path, cache: Path, document: Path | None = None) -> dict[str, Any]:
@@ -168,17 +169,17 @@ def publish(settings: Settings, directory: Path, cache: Path, document: Path | N
     draw_costs(rows, directory.with_suffix(".png"))
     tables = make_tables(rows)
     if document is not None:
-        write_document(document, tables)
-        draw_costs(rows, document.with_suffix(".png"))
+        write_document(document, directory.name, tables)
+        draw_costs(rows, document.with_name(directory.name).with_suffix(".png"))
     print(tables)
     return rows
 
 
 def main() -> None:
-    if "--large" in sys.argv[1:]:
-        publish(LARGE, RESULTS / "quality-large", cache_directory())
-    else:
-        publish(FULL, RESULTS / "quality", cache_directory(), DOCUMENT if DOCUMENT.exists() else None)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add_options(parser)
+    settings, name = choose_settings(parser.parse_args())
+    publish(settings, RESULTS / name, cache_directory(), DOCUMENT if DOCUMENT.exists() else None)
 
 
 if __name__ == "__main__":
