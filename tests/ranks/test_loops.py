@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from llmtailor import export
 from llmtailor.checkpoint import open_checkpoint
+from llmtailor.manifest import World
 from llmtailor.verify import verify_checkpoint
 from ranks.launch import run_ranks
 
@@ -107,6 +109,24 @@ def test_another_number_of_ranks_loads_the_same_state(resumed: Path, num_ranks: 
         # Files of another cut are not linked; where nothing is cut, the number of ranks does not matter.
         assert manifest.is_consistent == ("parity" not in case or case.startswith("fsdp"))
         assert verify_checkpoint(tmp_path / case / "checkpoint-6").problems == ()
+
+
+def test_what_is_exported_goes_on_as_its_source_does(resumed: Path, tmp_path: Path) -> None:
+    """Random numbers are each rank's, so on as many ranks; on one rank, if its user does without them."""
+    cases = ["ddp-full-fp32", "fsdp-full-bf16"]
+    for case in cases:
+        export(resumed / case / "checkpoint-4", tmp_path / case / "checkpoint-4", to="tailored")
+        assert open_checkpoint(tmp_path / case / "checkpoint-4").manifest.world == World(size=2, sharding="none")
+    run_ranks(PROGRAM, 2, "resume", tmp_path, *cases)
+    for case in cases:
+        straight, found = read(resumed, case, "straight"), read(tmp_path, case, "resumed")
+        assert found["start"] == 4
+        assert found["losses"] == straight["losses"][4:]
+        assert found["final"] == straight["final"]
+        shutil.rmtree(tmp_path / case / "checkpoint-6")
+    run_ranks(PROGRAM, 1, "reshard", tmp_path, *cases)
+    for case in cases:
+        assert read(tmp_path, case, "resharded-1")["loaded"] == read(resumed, case, "resumed")["loaded"]
 
 
 @pytest.fixture(scope="module")

@@ -176,6 +176,12 @@ class _Draft:
             return self.catalog.step
         return max((count for count in self.catalog.update_counts.values() if count is not None), default=0)
 
+    @property
+    def _world(self) -> World:
+        """Tensors are whole; random numbers and data positions are still those of each rank of the source."""
+        source = self.catalog.native if self.catalog.has_optimizer else None
+        return World(size=source.world.size if isinstance(source, Manifest) else 1, sharding="none")
+
     def seal(self, written: Mapping[str, WrittenFile]) -> FilePlan:
         """The manifest, from all the other files."""
         records = {
@@ -192,7 +198,7 @@ class _Draft:
             parent=None,
             contents="full" if catalog.has_optimizer else "weights",
             strategy="merge()",
-            world=World(size=1, sharding="none"),
+            world=self._world,
             writer=_writer(),
             tensors=tuple(self._tensors()),
             optimizers=self._optimizers(),
