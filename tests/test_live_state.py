@@ -1,16 +1,21 @@
-"""A model is read once, and again as soon as it is another one."""
+"""A model is read once, and again as soon as it is another one; the optimizer's state at every save."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from llmtailor import Run
+from llmtailor.formats.safetensors import Layout
 from llmtailor.live_state import LiveReader
 from llmtailor.local_parts import Seat
 from llmtailor.model_state import ModelReader, read_model
-from llmtailor.optimizer_state import StateReader, parameter_names
 from llmtailor.shards import Shard
 from llmtailor.writer import find_masters, optimizer_image, weights_image
 from llmtailor.writer.images import LayerImage
@@ -69,68 +74,93 @@ def test_another_model_is_another_model() -> None:
     assert reader.read(second).tensors["0.weight"] is second[0].weight
 
 
-class TestOptimizerState:
-    """The same for an optimizer: what did not change is the same object, what did is what the optimizer has now."""
-
-    @staticmethod
-    def train() -> tuple[torch.nn.Module, torch.optim.Optimizer, StateReader, dict[torch.Tensor, str]]:
-        model = build()
-        optimizer = torch.optim.AdamW(model.parameters())
-        step(model, optimizer)
-        return model, optimizer, StateReader(optimizer), parameter_names(model.named_parameters())
-
-    def test_step_in_place_reads_nothing_anew(self) -> None:
-        model, optimizer, reader, names = self.train()
-        first = reader.read(names)
-        step(model, optimizer)
-        again = reader.read(names)
-        assert all(again[fqn] is state for fqn, state in first.items())
-        assert again["0.weight"].tensors["step"].item() == 2
-
-    @pytest.mark.parametrize("how", ["replaced", "moved", "cast", "loaded", "more"])
-    def test_state_that_is_another_is_read_anew(self, how: str) -> None:
-        model, optimizer, reader, names = self.train()
-        reader.read(names)
-        state = optimizer.state[model[0].weight]
-        match how:
-            case "replaced":
-                state["exp_avg"] = torch.full((4, 4), 3.0)
-            case "moved":
-                state["exp_avg"].data = torch.full((4, 4), 3.0)
-            case "cast":
-                state["exp_avg"].data = state["exp_avg"].data.bfloat16()
-            case "loaded":
-                optimizer.load_state_dict(optimizer.state_dict())
-            case "more":
-                state["extra"] = torch.ones(2)
-        found = reader.read(names)["0.weight"].tensors
-        assert found.keys() == state.keys()
-        assert all(found[leaf].data_ptr() == value.data_ptr() for leaf, value in state.items())
-        assert all(found[leaf].dtype == value.dtype for leaf, value in state.items())
-
-    def test_numbers_are_read_every_time(self) -> None:
-        model, optimizer, reader, names = self.train()
-        for number in (3, 4):
-            optimizer.state[model[0].weight]["count"] = number
-            assert reader.read(names)["0.weight"].tensors["count"].item() == number
-
-
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     model(torch.randn(8, 4)).sum().backward()
     optimizer.step()
 
 
-def test_images_are_made_anew_for_the_layer_that_changed_alone() -> None:
+def train() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     model = build()
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer)
+    return model, optimizer
+
+
+CHANGES_OF_STATE: dict[str, Callable[[torch.optim.Optimizer, dict[str, torch.Tensor]], object]] = {
+    "replaced": lambda _, state: state.update(exp_avg=torch.full((4, 4), 3.0)),
+    "moved": lambda _, state: setattr(state["exp_avg"], "data", torch.full((4, 4), 3.0)),
+    "loaded": lambda optimizer, _: optimizer.load_state_dict(optimizer.state_dict()),
+    "stepped": lambda optimizer, _: optimizer.step(),
+    "cast": lambda _, state: setattr(state["exp_avg"], "data", state["exp_avg"].data.bfloat16()),
+    "more": lambda _, state: state.update(extra=torch.ones(2)),
+    "number": lambda _, state: state.update(extra=3),
+    "less": lambda _, state: state.pop("exp_avg_sq"),
+}
+ALIKE = ("replaced", "moved", "loaded", "stepped")
+
+
+@pytest.mark.parametrize("how", CHANGES_OF_STATE)
+def test_state_is_what_the_optimizer_has_now_and_planned_anew_where_it_is_unlike(how: str) -> None:
+    model, optimizer = train()
     reader = LiveReader()
     first = reader.read(model, [optimizer]).images
-    optimizer.state[model[0].weight]["exp_avg"] = torch.full((4, 4), 3.0)
+    CHANGES_OF_STATE[how](optimizer, optimizer.state[model[0].weight])
     again = reader.read(model, [optimizer]).images
-    changed = {layer for layer, image in again.items() if image is not first[layer]}
-    assert len(changed) == 1
-    assert reader.read(model, []).images[changed.pop()].optimizer is None
+    anew = LiveReader().read(model, [optimizer]).images
+    assert {name: described(image) for name, image in again.items()} == {
+        name: described(image) for name, image in anew.items()
+    }
+    changed = {name for name, image in again.items() if layout_of(image) is not layout_of(first[name])}
+    assert len(changed) == (0 if how in ALIKE else 1)
+
+
+def test_number_that_counts_is_read_every_time() -> None:
+    model, optimizer = train()
+    reader = LiveReader()
+    for number in (3, 4):
+        optimizer.state[model[0].weight]["count"] = number
+        file = next(iter(reader.read(model, [optimizer]).images.values())).optimizer
+        assert file is not None
+        names = [stored.name for stored in file.layout.tensors]
+        assert file.tensors[names.index("state.0.weight.count")].item() == number
+
+
+def test_without_its_optimizer_there_is_no_state() -> None:
+    model, optimizer = train()
+    reader = LiveReader()
+    reader.read(model, [optimizer])
+    assert all(image.optimizer is None for image in reader.read(model, []).images.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"monitor": True}, {"rest": "q8", "strategy": "parity"}], ids=str)
+def test_state_that_a_training_gives_up_after_a_save_is_let_go_of(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Offloading it is to make room, at once and not after the next save."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(96, 96) for _ in range(3)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Run(tmp_path, model, optimizer, **options) as run:
+        run.resume()
+        for number in (1, 2):
+            model(torch.randn(8, 96)).sum().backward()
+            optimizer.step()
+            handle = run.save(number)
+            handle.result()
+        memory = []
+        for state in optimizer.state.values():
+            for leaf in ("exp_avg", "exp_avg_sq"):
+                memory.append(StorageWeakRef(state[leaf].untyped_storage()))
+                state[leaf] = state[leaf].clone()
+        deadline = time.monotonic() + 30  # a thread that wrote may still be about to end its turn
+        while not all(each.expired() for each in memory) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert all(each.expired() for each in memory), handle
+        optimizer.step()
+        run.save(3).result()
+
+
+def layout_of(image: LayerImage) -> Layout:
+    assert image.optimizer is not None
+    return image.optimizer.layout
 
 
 @pytest.mark.parametrize("is_spread", [False, True])
@@ -151,8 +181,12 @@ def test_layers_that_all_ranks_hold_are_written_by_their_owners_alone(is_spread:
     assert all((live.nbytes, live.layout, live.layers) == (alone.nbytes, None, alone.layers) for live in ranks)
 
 
-def described(image: LayerImage) -> list[tuple[str, bytes, list[int]]]:
-    return [(file.name, file.layout.prefix, [tensor.data_ptr() for tensor in file.tensors]) for file in image.files]
+def described(image: LayerImage) -> list[tuple[str, bytes, list[object]]]:
+    """Numbers by value: they are made into tensors anew whenever they are read."""
+    return [
+        (file.name, file.layout.prefix, [each.item() if each.ndim == 0 else each.data_ptr() for each in file.tensors])
+        for file in image.files
+    ]
 
 
 def test_masters_of_a_layer_in_parts_are_not_told_of() -> None:

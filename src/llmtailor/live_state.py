@@ -1,8 +1,8 @@
 """The state of a training as layers and images of the files that this rank writes, at every save.
 
-It is read anew only where it changed. Most saves find the same tensors as the one before, with other values. What
-follows from names, types and shapes (the schema, the layouts, the headers) is then the same, and takes most of the time
-that a save holds training up.
+Most saves find tensors like those of the one before, with other values. What follows from names, types and shapes (the
+schema, the layouts, the headers) is then the same and is kept, for it takes most of the time that a save holds training
+up. The optimizer's tensors are not: a training may give them up until the next save, to make room on a GPU.
 
 What a rank writes follows from how tensors are cut and from its seat, without a word to the others. A layer's weights,
 and apart from them its optimizer state, are
@@ -14,30 +14,30 @@ and apart from them its optimizer state, are
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from .layers import Layer, file_stem
-from .local_parts import LocalPart, Seat, describe_cut, is_dtensor, local_part
+from .local_parts import LocalPart, Seat, describe_cut, is_dtensor, local_part, memory_of
 from .manifest import GroupRecord, OptimizerRecord, TensorRecord, digest_of
 from .model_state import ModelReader, ModelState
 from .optimizer_state import (
     ParameterNames,
     ParameterState,
-    StateReader,
     optimizer_class,
     parameter_names,
     read_groups,
+    read_state,
     shared_parameter,
     unwrap_optimizer,
 )
 from .shards import Shards
 from .state_keys import state_key
 from .tensor_bytes import meta_of
-from .writer import LayerImage, find_masters, optimizer_image, weights_image
+from .writer import FileImage, LayerImage, find_masters, optimizer_image, weights_image
 
 __all__ = ["LiveLayers", "LiveReader", "TrainingReader"]
 
@@ -84,9 +84,8 @@ class LiveReader:
     ) -> None:
         self._model = ModelReader(split_experts=split_experts, overrides=overrides)
         self._seat = seat
-        self._optimizers: list[StateReader] = []
         self._state: ModelState | None = None
-        self._planned: dict[str, tuple[list[ParameterState], _PlannedLayer]] = {}
+        self._planned: dict[str, tuple[list[object], _PlannedLayer]] = {}
 
     def read_model(self, module: torch.nn.Module) -> ModelState:
         """The model: its layers, schema and live tensors."""
@@ -104,40 +103,52 @@ class LiveReader:
         """
         state = self.read_model(module)
         names = parameter_names(state.parameters())
-        readers = self._readers([unwrap_optimizer(optimizer) for optimizer in optimizers])
-        states = _unite([reader.read(names) for reader in readers])
+        unwrapped = [unwrap_optimizer(optimizer) for optimizer in optimizers]
+        states = _unite([read_state(optimizer, names) for optimizer in unwrapped])
         layers = tuple(layer for layer in state.layers if any(fqn in state.tensors for fqn in layer.fqns))
         if state is not self._state:
             self._state, self._planned = state, {}
-        planned = {layer.name: self._plan(number, layer, state, states) for number, layer in enumerate(layers)}
-        cuts = [each.cuts for each in planned.values() if each.cuts]
+        images, planned = {}, []
+        for number, layer in enumerate(layers):
+            weights = {fqn: state.tensors[fqn] for fqn in layer.fqns if fqn in state.tensors}
+            own = {fqn: states[fqn] for fqn in weights if fqn in states}
+            planned.append(self._plan(number, layer, weights, own))
+            image = planned[-1].fill(layer.name, own)
+            if image.files:
+                images[layer.name] = image
+        cuts = [each.cuts for each in planned if each.cuts]
         return LiveLayers(
             tensors=state.records,
-            optimizers=tuple(_record_optimizer(reader.optimizer, names) for reader in readers),
+            optimizers=tuple(_record_optimizer(optimizer, names) for optimizer in unwrapped),
             layers=layers,
-            images={name: each.image for name, each in planned.items() if each.image is not None},
-            nbytes={name: each.nbytes for name, each in planned.items()},
+            images=images,
+            nbytes={layer.name: each.nbytes for layer, each in zip(layers, planned, strict=True)},
             layout=digest_of(*cuts) if cuts else None,
         )
 
-    def _readers(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[StateReader]:
-        known = {id(reader.optimizer): reader for reader in self._optimizers}
-        self._optimizers = [known.get(id(optimizer)) or StateReader(optimizer) for optimizer in optimizers]
-        return self._optimizers
-
     def _plan(
-        self, number: int, layer: Layer, state: ModelState, states: Mapping[str, ParameterState]
+        self, number: int, layer: Layer, weights: Mapping[str, torch.Tensor], states: Mapping[str, ParameterState]
     ) -> _PlannedLayer:
-        fqns = [fqn for fqn in layer.fqns if fqn in state.tensors]
-        found = [states[fqn] for fqn in fqns if fqn in states]
+        likeness = list(_likeness(weights, states))
         known = self._planned.get(layer.name)
-        if known is not None and len(known[0]) == len(found) and all(map(_is, known[0], found)):
+        if known is not None and known[0] == likeness:
             return known[1]
-        weights = {fqn: state.tensors[fqn] for fqn in fqns}
-        own = {fqn: states[fqn] for fqn in fqns if fqn in states}
-        planned = _plan_layer(layer, weights, own, rank=self._seat.rank, is_owner=self._seat.owns(number))
-        self._planned[layer.name] = found, planned
+        planned = _plan_layer(layer, weights, states, rank=self._seat.rank, is_owner=self._seat.owns(number))
+        self._planned[layer.name] = likeness, planned
         return planned
+
+
+def _likeness(weights: Mapping[str, torch.Tensor], states: Mapping[str, ParameterState]) -> Iterator[object]:
+    """What a plan of a layer follows from, beside the schema of the model: equal for tensors that are alike."""
+    for weight in weights.values():
+        yield weight.device
+    for fqn, state in states.items():
+        yield fqn
+        yield state.notes
+        for leaf, tensor in state.tensors.items():
+            yield leaf, tensor.dtype, tensor.shape, tensor.device
+            if is_dtensor(tensor):
+                yield memory_of(tensor).shape, tensor.placements, tensor.device_mesh  # type: ignore[attr-defined]
 
 
 def _unite(of_optimizers: Sequence[Mapping[str, ParameterState]]) -> dict[str, ParameterState]:
@@ -155,19 +166,30 @@ def _unite(of_optimizers: Sequence[Mapping[str, ParameterState]]) -> dict[str, P
     return united
 
 
-def _is(one: object, other: object) -> bool:
-    return one is other
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _PlannedLayer:
     """What follows from the types and shapes of a layer's tensors."""
 
-    image: LayerImage | None
-    """None if this rank writes nothing of it."""
+    weights: FileImage | None
+    """The file that this rank writes; of the live parameters, which stay the same when their memory is another."""
+    optimizer: FileImage | None
+    """The same, without its tensors."""
+    masters: Mapping[str, str]
     nbytes: int
     cuts: bytes
     """How its tensors are cut that are spread over ranks, by name; empty if none is."""
+
+    def fill(self, layer: str, states: Mapping[str, ParameterState]) -> LayerImage:
+        """The layer's image, with the tensors that the optimizer has now."""
+        optimizer = self.optimizer
+        if optimizer is not None:
+            tensors = _by_key(states)
+            optimizer = replace(optimizer, tensors=tuple(tensors[each.name] for each in optimizer.layout.tensors))
+        return LayerImage(layer=layer, weights=self.weights, optimizer=optimizer, masters=self.masters)
+
+
+def _by_key(states: Mapping[str, ParameterState]) -> dict[str, torch.Tensor]:
+    return {state_key(fqn, leaf): value for fqn, each in states.items() for leaf, value in each.tensors.items()}
 
 
 def _plan_layer(
@@ -178,7 +200,7 @@ def _plan_layer(
     rank: int,
     is_owner: bool,
 ) -> _PlannedLayer:
-    tensors = {state_key(fqn, leaf): value for fqn, each in states.items() for leaf, value in each.tensors.items()}
+    tensors = _by_key(states)
     notes = {state_key(fqn, leaf): note for fqn, each in states.items() for leaf, note in each.notes.items()}
     of_weights, of_state = (_choose(each, rank=rank, is_owner=is_owner) for each in (weights, tensors))
     stem = file_stem(layer)
@@ -191,10 +213,11 @@ def _plan_layer(
         stem, of_state.tensors, notes if is_owner else {}, shards=of_state.shards, rank=of_state.rank
     )
     masters = find_masters(weights_file, optimizer_file)
-    image = LayerImage(layer=layer.name, weights=weights_file, optimizer=optimizer_file, masters=masters)
     cuts = sorted({**of_weights.cuts, **of_state.cuts}.items())
     return _PlannedLayer(
-        image=image if image.files else None,
+        weights=weights_file,
+        optimizer=None if optimizer_file is None else replace(optimizer_file, tensors=()),
+        masters=masters,
         nbytes=sum(meta_of(tensor).nbytes for each in (weights, tensors) for tensor in each.values()),
         cuts=json.dumps(cuts).encode() if cuts else b"",
     )

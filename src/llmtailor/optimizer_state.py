@@ -34,7 +34,6 @@ __all__ = [
     "ParameterGroup",
     "ParameterNames",
     "ParameterState",
-    "StateReader",
     "load_groups",
     "load_parameter_state",
     "named_groups",
@@ -170,7 +169,13 @@ def read_state(optimizer: Optimizer, names: ParameterNames) -> dict[str, Paramet
         IncompatibleError: A parameter has no name.
         UnsupportedError: A value that a file cannot hold.
     """
-    return StateReader(optimizer).read(names)
+    _refuse_state_of_no_parameter(optimizer)
+    # .get: the state is a defaultdict, and reading must not add to it.
+    return {
+        fqn: _flatten(optimizer.state.get(parameter, {}), fqn)
+        for group in named_groups(optimizer, names)
+        for fqn, parameter in group
+    }
 
 
 def _refuse_state_of_no_parameter(optimizer: Optimizer) -> None:
@@ -187,48 +192,6 @@ def _refuse_state_of_no_parameter(optimizer: Optimizer) -> None:
 def _flatten(values: Mapping[str, object], fqn: str) -> ParameterState:
     tensors, notes = flatten_state(values, fqn)
     return ParameterState(tensors=tensors, notes=notes)
-
-
-class StateReader:
-    """Reads one optimizer again and again: the state of a parameter anew only if its values are other tensors.
-
-    Args:
-        optimizer: Not changed.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self._known: dict[torch.Tensor, tuple[Mapping[str, object], ParameterState]] = {}
-
-    def read(self, names: ParameterNames) -> dict[str, ParameterState]:
-        """As ``read_state``; the same objects where nothing changed."""
-        _refuse_state_of_no_parameter(self.optimizer)
-        before, self._known = self._known, {}
-        result = {}
-        for group in named_groups(self.optimizer, names):
-            for fqn, parameter in group:
-                # .get: the state is a defaultdict, and reading must not add to it.
-                values = self.optimizer.state.get(parameter, {})
-                known = before.get(parameter)
-                if known is None or not _is_same(values, *known):
-                    known = dict(values), _flatten(values, fqn)
-                self._known[parameter] = known
-                result[fqn] = known[1]
-        return result
-
-
-def _is_same(values: Mapping[str, object], known: Mapping[str, object], state: ParameterState) -> bool:
-    """True if the values are the tensors they were, in the memory where they were."""
-    if len(values) != len(known) or len(known) != len(state.tensors):
-        return False
-    for name, value in values.items():
-        kept = state.tensors.get(name)
-        if value is not known.get(name) or kept is None or not isinstance(value, torch.Tensor):
-            return False
-        before, now = memory_of(kept), memory_of(value)
-        if before.data_ptr() != now.data_ptr() or before.shape != now.shape or before.dtype is not now.dtype:
-            return False
-    return True
 
 
 def read_groups(optimizer: Optimizer, names: ParameterNames) -> tuple[ParameterGroup, ...]:

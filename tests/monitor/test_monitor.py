@@ -15,7 +15,7 @@ import torch
 from llmtailor.drift import LayerDrift
 from llmtailor.live_state import LiveLayers, LiveReader
 from llmtailor.monitor import GradientNorms, Monitor
-from llmtailor.monitor.picks import NUM_PICKS, pick_entries
+from llmtailor.monitor.picks import NUM_PICKS, Chooser, pick_entries
 from master_adamw import LEAF, MasterAdamW
 from tiny_models import VOCABULARY, build_llama, snapshot_model
 
@@ -49,7 +49,7 @@ class Training:
         return self.monitor.measure(self.monitor.look(live), live, saved or {})
 
     def note_save(self, step: int, saved: Mapping[str, int] | None = None) -> None:
-        self.monitor.note_save(step, self.monitor.look(self.live()), saved or {})
+        self.monitor.note_save(step, self.monitor.look(self.live()).weights, saved or {})
 
     def fqns(self, layer: str) -> tuple[str, ...]:
         return next(each.fqns for each in self.live().layers if each.name == layer)
@@ -216,15 +216,18 @@ def test_a_weight_that_is_no_number_is_seen() -> None:
 def test_the_same_entries_are_picked_each_time_and_none_is_preferred() -> None:
     model = torch.nn.Linear(100, 1000, bias=False)
     counts = np.zeros(10)
+    chooser = Chooser()
     for number in range(40):
         named = torch.nn.Module()
         named.add_module(f"block{number}", model)
         live = LiveReader().read(named, [])
         (layer,) = live.layers
         records = {record.fqn: record for record in live.tensors}
-        (picks,) = pick_entries(live.images[layer.name], records, 100_000).weights
-        (again,) = pick_entries(live.images[layer.name], records, 100_000).weights
-        assert torch.equal(picks.indices, again.indices)
+        (picks,) = pick_entries(live.images[layer.name], records, 100_000, chooser).weights
+        (again,) = pick_entries(live.images[layer.name], records, 100_000, chooser).weights
+        (elsewhere,) = pick_entries(live.images[layer.name], records, 100_000, Chooser()).weights
+        assert picks.indices is again.indices
+        assert torch.equal(picks.indices, elsewhere.indices)
         assert picks.indices.numel() == NUM_PICKS
         assert picks.indices.unique().numel() > 0.99 * NUM_PICKS  # stretches may share an entry at their border
         assert picks.scale == pytest.approx(100_000 / NUM_PICKS)

@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 
 from ..drift import LayerDrift, LayerSums, to_drift
+from ..layers import Layer
 from ..live_state import LiveLayers
 from ..manifest import TensorRecord
-from ..writer import LayerImage
-from .picks import LayerPicks, pick_entries
+from .picks import Chooser, LayerPicks, pick_entries
 from .reading import Entries, Floats, Hyper, hyper_parameters, read_entries, sum_up
 
 __all__ = ["START", "AddUp", "Look", "Monitor"]
@@ -35,9 +35,10 @@ class Look:
     entries: Mapping[str, Entries]
     """By layer: of its weights, then of its masters."""
 
-    def weights_of(self, layer: str) -> Floats:
-        """All that was picked of a layer, a copy."""
-        return self.entries[layer].weights.copy()
+    @property
+    def weights(self) -> dict[str, Floats]:
+        """By layer: all that was picked, a copy."""
+        return {layer: entries.weights.copy() for layer, entries in self.entries.items()}
 
 
 class Monitor:
@@ -47,15 +48,14 @@ class Monitor:
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[LayerImage | None, LayerPicks]] = {}
+        self._chooser = Chooser()
         self._saved: dict[int, dict[str, Floats]] = {}
         """Step of a save -> layer -> its picked weights then."""
 
     def look(self, live: LiveLayers) -> Look:
         """Read the picked entries; waits for the devices that they are on."""
         records = {record.fqn: record for record in live.tensors}
-        picks = {layer.name: self._pick(layer.name, layer.fqns, live, records) for layer in live.layers}
-        self._known = {name: self._known[name] for name in picks}
+        picks = {layer.name: self._pick(layer, live, records) for layer in live.layers}
         with torch.no_grad():
             together = read_entries([each for layer in picks.values() for each in layer.all])
         entries: dict[str, Entries] = {}
@@ -66,15 +66,10 @@ class Monitor:
             at, first = end, first + len(layer.all)
         return Look(picks=picks, entries=entries)
 
-    def _pick(
-        self, name: str, fqns: tuple[str, ...], live: LiveLayers, records: Mapping[str, TensorRecord]
-    ) -> LayerPicks:
-        image = live.images.get(name)
-        known = self._known.get(name)
-        if known is None or known[0] is not image:
-            num_entries = sum(records[fqn].meta.numel for fqn in fqns if fqn in records and _is_parameter(records[fqn]))
-            self._known[name] = known = image, pick_entries(image, records, max(1, num_entries))
-        return known[1]
+    def _pick(self, layer: Layer, live: LiveLayers, records: Mapping[str, TensorRecord]) -> LayerPicks:
+        of_layer = [records[fqn] for fqn in layer.fqns if fqn in records]
+        num_entries = sum(record.meta.numel for record in of_layer if _is_parameter(record))
+        return pick_entries(live.images.get(layer.name), records, max(1, num_entries), self._chooser)
 
     def measure(
         self,
@@ -113,25 +108,25 @@ class Monitor:
     def _find(self, look: Look, name: str, saved_steps: Mapping[str, int]) -> Floats:
         known = self._saved.setdefault(saved_steps.get(name, START), {})
         if name not in known or known[name].shape != look.entries[name].weights.shape:
-            known[name] = look.weights_of(name)
+            known[name] = look.entries[name].weights.copy()
         return known[name]
 
-    def note_save(self, step: int, look: Look, saved_steps: Mapping[str, int]) -> None:
+    def note_save(self, step: int, weights: Mapping[str, Floats], saved_steps: Mapping[str, int]) -> None:
         """Remember what was looked at as what is saved at a step, whichever layers that will be.
 
         Args:
             step: Of the save.
-            look: At it.
+            weights: What was picked at it, by layer.
             saved_steps: As for ``measure``; what is older is forgotten, but for the last one, since a save that is
                 compared with may be in flight and fail.
         """
         needed: dict[int, dict[str, Floats]] = {}
-        for name in look.picks:
+        for name in weights:
             at = saved_steps.get(name, START)
             known = sorted(each for each in self._saved if each <= at and name in self._saved[each])
             for each in known[-2:]:
                 needed.setdefault(each, {})[name] = self._saved[each][name]
-        needed[step] = {name: look.weights_of(name) for name in look.picks}
+        needed[step] = dict(weights)
         self._saved = needed
 
     def references(self, saved_steps: Mapping[str, int]) -> dict[str, tuple[int, Floats]]:

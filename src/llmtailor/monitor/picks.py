@@ -22,7 +22,7 @@ from ..manifest import TensorRecord
 from ..state_keys import split_state_key, state_key
 from ..writer import FileImage, LayerImage
 
-__all__ = ["NUM_PICKS", "Factors", "LayerPicks", "ParameterPicks", "pick_entries"]
+__all__ = ["NUM_PICKS", "Chooser", "Factors", "LayerPicks", "ParameterPicks", "pick_entries"]
 
 NUM_PICKS = 4096
 """Of a layer, over all ranks, about."""
@@ -78,13 +78,33 @@ class LayerPicks:
         return self.weights + self.masters
 
 
-def pick_entries(image: LayerImage | None, records: Mapping[str, TensorRecord], num_entries: int) -> LayerPicks:
+class Chooser:
+    """Chooses entries of tensors; what it chose of a parameter before is at hand, on its device."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[int, int, torch.device], torch.Tensor]] = {}
+
+    def choose(self, fqn: str, numel: int, count: int, device: torch.device) -> torch.Tensor:
+        """Indices of ``count`` of so many entries, ascending; the same whenever and wherever they are chosen."""
+        wanted = numel, count, device
+        known = self._known.get(fqn)
+        if known is None or known[0] != wanted:
+            indices = _choose(fqn, numel, count)
+            tensor = torch.from_numpy(indices.astype(np.int32) if numel <= 2**31 else indices).to(device)
+            self._known[fqn] = known = wanted, tensor
+        return known[1]
+
+
+def pick_entries(
+    image: LayerImage | None, records: Mapping[str, TensorRecord], num_entries: int, chooser: Chooser
+) -> LayerPicks:
     """Pick entries of what this rank writes of a layer.
 
     Args:
         image: Live, not held; None if this rank writes nothing of it.
         records: Of the model's tensors, by fqn.
         num_entries: Of the layer's parameters, on all ranks; not 0.
+        chooser: Of this rank's entries.
     """
     if image is None:
         return LayerPicks()
@@ -99,7 +119,7 @@ def pick_entries(image: LayerImage | None, records: Mapping[str, TensorRecord], 
 
     def pick(tensors: Mapping[str, torch.Tensor]) -> tuple[ParameterPicks, ...]:
         return tuple(
-            _pick(fqn, local, state.get(fqn, {}), share=NUM_PICKS / num_entries, is_trainable=records[fqn].trainable)
+            _pick(fqn, local, state.get(fqn, {}), chooser, NUM_PICKS / num_entries, is_trainable=records[fqn].trainable)
             for fqn, tensor in tensors.items()
             if _is_weight(records.get(fqn), tensor) and (local := memory_of(tensor).detach()).numel()
         )
@@ -108,10 +128,16 @@ def pick_entries(image: LayerImage | None, records: Mapping[str, TensorRecord], 
 
 
 def _pick(
-    fqn: str, weights: torch.Tensor, state: Mapping[str, torch.Tensor], *, share: float, is_trainable: bool
+    fqn: str,
+    weights: torch.Tensor,
+    state: Mapping[str, torch.Tensor],
+    chooser: Chooser,
+    share: float,
+    *,
+    is_trainable: bool,
 ) -> ParameterPicks:
     numel = weights.numel()
-    indices = _choose(fqn, numel, min(numel, max(_LEAST_PICKS, round(share * numel))))
+    count = min(numel, max(_LEAST_PICKS, round(share * numel)))
     of_component: dict[Component, list[torch.Tensor]] = {}
     for leaf, tensor in state.items():
         local = memory_of(tensor).detach()
@@ -124,8 +150,8 @@ def _pick(
     return ParameterPicks(
         fqn=fqn,
         is_trainable=is_trainable,
-        indices=torch.from_numpy(indices.astype(np.int32) if numel <= 2**31 else indices).to(weights.device),
-        scale=numel / len(indices),
+        indices=chooser.choose(fqn, numel, count, weights.device),
+        scale=numel / count,
         weights=weights,
         first=first,
         second=_find_factors(state, weights) if second is None else second,

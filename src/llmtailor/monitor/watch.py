@@ -25,7 +25,8 @@ from ..save_plan import SavePlan
 from ..strict_json import parse_object
 from ..writer import CodedImage
 from .gradients import GradientNorms
-from .monitor import START, Look, Monitor
+from .monitor import START, Monitor
+from .reading import Floats
 
 __all__ = ["DRIFT_NAME", "Watch"]
 
@@ -58,7 +59,8 @@ class Watch:
         self._timeout_secs = timeout_secs
         self._on_warning = on_warning
         self._monitor = Monitor()
-        self._look: Look | None = None
+        self._weights: Mapping[str, Floats] = {}
+        """By layer: what was picked of it, at the newest measurement."""
         self.gradients = GradientNorms() if has_gradients else None
         """Told of every optimizer's step; None if nobody asked."""
         self.step: int | None = None
@@ -84,8 +86,8 @@ class Watch:
         records = {} if parent is None else {record.name: record for record in parent.manifest.layers}
         kept = {} if parent is None else _read_references(parent.path / self._file_name)
         references = {}
-        for name in look.picks:
-            now, record = look.weights_of(name), records.get(name)
+        for name, now in look.weights.items():
+            record = records.get(name)
             step = START if record is None else record.step
             is_coded = record is not None and record.encoding is not None
             known = kept.get(name) if is_coded else None
@@ -134,7 +136,7 @@ class Watch:
         self.drifts = self._monitor.measure(look, live, steps, gradients, None if is_alone else add_up)
         self.shares = shares_of_progress(self.drifts, live.nbytes)
         self.ages = {name: step - max(steps.get(name, 0), 0) for name in look.picks}
-        self.step, self._look, self.has_begun = step, look, True
+        self.step, self._weights, self.has_begun = step, look.weights, True
         return live
 
     def note_save(self, plan: SavePlan, directory: Path, parent: Manifest | None) -> None:
@@ -145,11 +147,10 @@ class Watch:
             directory: Where what layers in codes are measured from is kept: the checkpoint, in staging.
             parent: The checkpoint before.
         """
-        assert self._look is not None
         steps = _saved_steps(parent)
         stale = {name: self.ages[name] if name in plan.kept else 0 for name in self.ages}
         self.expected_loss_steps = mean_age(stale, self.shares)
-        self._monitor.note_save(plan.step, self._look, steps)
+        self._monitor.note_save(plan.step, self._weights, steps)
         self.log()
         coded = {image.layer for image in plan.images if isinstance(image, CodedImage)}
         found = self._monitor.references({name: step for name, step in steps.items() if name in coded})
