@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from llmtailor.errors import NotFoundError
+from llmtailor.errors import NotFoundError, UnsupportedError
 from llmtailor.hub import locate_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -41,13 +41,13 @@ def test_directory_comes_before_a_model_of_that_name(cache: Path, tmp_path: Path
     assert locate_source("org/model") == Path("org/model")
 
 
-@pytest.mark.parametrize("name", ["org/model", f"org/model@{COMMIT}"])
+@pytest.mark.parametrize("name", ["org/model", "org/model@main", f"org/model@{COMMIT}"])
 def test_model_is_found_in_the_cache(cache: Path, name: str) -> None:
     snapshot = put_model(cache, "org/model")
     assert locate_source(name).resolve() == snapshot.resolve()
 
 
-@pytest.mark.parametrize("name", ["org/gone", f"org/gone@{COMMIT}"])
+@pytest.mark.parametrize("name", ["org/gone", "org/gone@main", "org/gone@v1.0/a", f"org/gone@{COMMIT}"])
 def test_model_that_is_nowhere_is_refused(cache: Path, name: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         locate_source(name)
@@ -64,13 +64,26 @@ def test_without_a_commit_nothing_is_downloaded(cache: Path, monkeypatch: pytest
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", note)
     locate_source("org/model")
+    locate_source("org/model@main")
     locate_source(f"org/model@{COMMIT}")
-    assert [(each["revision"], each["local_files_only"]) for each in asked] == [(None, True), (COMMIT, False)]
+    assert [(each["revision"], each["local_files_only"]) for each in asked] == [
+        (None, True),
+        ("main", True),
+        (COMMIT, False),
+    ]
     assert all(
         not any(pattern.endswith((".py", ".bin", ".pt")) for pattern in each["allow_patterns"]) for each in asked
     )
 
 
-@pytest.mark.parametrize("name", ["runs/a/checkpoint-4", "gone", "../up", "org/model@main"])
+@pytest.mark.parametrize("name", ["runs/a/checkpoint-4", "gone", "../up", "org/model@"])
 def test_anything_else_is_a_path(cache: Path, name: str) -> None:
     assert locate_source(name) == Path(name)
+
+
+@pytest.mark.parametrize("name", ["org/model+org/lora", f"org/model@{COMMIT}+org/lora@main", "org/model+runs/lora"])
+def test_an_adapter_upon_a_model_is_refused_by_its_name(cache: Path, name: str) -> None:
+    put_model(cache, "org/model")
+    with pytest.raises(UnsupportedError, match="merge_and_unload") as caught:
+        locate_source(name)
+    assert caught.value.kind == "adapted-source"
