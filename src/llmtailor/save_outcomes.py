@@ -84,8 +84,8 @@ class SaveOutcomes:
         Raises:
             WriteError: Two saves in a row failed.
         """
-        if 1 < self._num_failed != self._num_raised:
-            self._num_raised = self._num_failed
+        if self._num_failed - 1 > self._num_raised:
+            self._num_raised += 1
             last = self._run.failures[-1]
             assert isinstance(last, TailorError)
             # Whatever stopped it, to whoever trains it is a checkpoint that was not written. A new error each time: the
