@@ -83,6 +83,23 @@ def test_steps_lost_are_read_between_the_references(modules: dict[str, ModuleTyp
     assert steps_lost(0.1, [(20, 0.1), (40, 0.05)]) is None
 
 
+def test_references_that_do_not_ascend_are_those_of_no_seed(modules: dict[str, ModuleType]) -> None:
+    settings = tiny_settings(modules["settings"])
+    find = modules["summary"]._find_references
+
+    def seeds(*differences: tuple[float, float]) -> dict[int, Any]:
+        pairs = [
+            {f"stale-{age}": {"difference_at_end": each} for age, each in zip((2, 4), pair, strict=True)}
+            for pair in differences
+        ]
+        return dict(enumerate(pairs))
+
+    assert find(settings, seeds((0.1, 0.2), (0.2, 0.4))) == ({0: [(2, 0.1), (4, 0.2)], 1: [(2, 0.2), (4, 0.4)]}, True)
+    means, is_of_seed = find(settings, seeds((0.1, 0.2), (-0.05, 0.4)))
+    assert not is_of_seed
+    assert means[0] == means[1] == [(2, pytest.approx(0.025)), (4, pytest.approx(0.3))]
+
+
 def test_what_is_compared_of_the_large_model_can_be_run(modules: dict[str, ModuleType]) -> None:
     """A name that no configuration has would be left out without a word."""
     large = modules["settings"].LARGE

@@ -1,7 +1,8 @@
 """From the kept results to one JSON file, a picture, and the tables of ``docs/quality.md``.
 
 A difference of the validation loss is read in steps: how many steps everything would have to be stale to make the same
-difference, by the same seed's references, linearly in between and beyond.
+difference, linearly in between and beyond; by the same seed's references, or by their means over the seeds where those
+of some seed do not ascend.
 
     python benchmarks/quality/summary.py [--large] [--device cuda]
 """
@@ -58,12 +59,15 @@ def steps_lost(difference: float, references: Sequence[tuple[int, float]]) -> fl
     Returns:
         None if the references do not ascend: then staleness costs less than the noise.
     """
-    points = [(0, 0.0), *references]
-    pairs = list(itertools.pairwise(points))
-    if any(right[1] <= left[1] for left, right in pairs):
+    if not _do_ascend(references):
         return None
+    pairs = list(itertools.pairwise([(0, 0.0), *references]))
     left, right = next((pair for pair in pairs if difference <= pair[1][1]), pairs[-1])
     return left[0] + (difference - left[1]) / (right[1] - left[1]) * (right[0] - left[0])
+
+
+def _do_ascend(references: Sequence[tuple[int, float]]) -> bool:
+    return all(left[1] < right[1] for left, right in itertools.pairwise([(0, 0.0), *references]))
 
 
 def summarize(settings: Settings, results: Results) -> dict[str, Any]:
@@ -116,9 +120,14 @@ def _summarize_regime(
 ) -> dict[str, Any]:
     """Means and standard deviations over the seeds, rounded as they are printed."""
     found = {seed: named[configuration.name] for seed, named in seeds.items() if configuration.name in named}
-    lost = [_lost(settings, seeds[seed], result) for seed, result in found.items()]
+    references, is_of_seed = _find_references(settings, seeds)
+    lost = [
+        steps_lost(result["difference_at_end"], references[seed]) if seed in references else None
+        for seed, result in found.items()
+    ]
     row: dict[str, Any] = {
         "seeds": len(found),
+        "references": "of the seed" if is_of_seed else "means over the seeds",
         "is_identical": bool(found) and all(result["is_identical"] for result in found.values()),
         **_spread("difference_at_end", [result["difference_at_end"] for result in found.values()], 5),
         **_spread("difference_of_last_losses", [each["difference_of_last_losses"] for each in found.values()], 5),
@@ -135,13 +144,20 @@ def _summarize_regime(
     return row
 
 
-def _lost(settings: Settings, named: Mapping[str, Result], result: Result) -> float | None:
-    ages = settings.stale_ages
-    names = [Configuration(strategy="stale", interval=age).name for age in ages]
-    if not all(name in named for name in names):
-        return None
-    references = [(age, named[name]["difference_at_end"]) for age, name in zip(ages, names, strict=True)]
-    return steps_lost(result["difference_at_end"], references)
+def _find_references(
+    settings: Settings, seeds: Mapping[int, Mapping[str, Result]]
+) -> tuple[dict[int, list[tuple[int, float]]], bool]:
+    """Of each seed that has them all; their own (True), or the means over the seeds, of which not all ascend."""
+    names = {Configuration(strategy="stale", interval=age).name: age for age in settings.stale_ages}
+    own = {
+        seed: [(age, float(named[name]["difference_at_end"])) for name, age in names.items()]
+        for seed, named in seeds.items()
+        if names.keys() <= named.keys()
+    }
+    if all(map(_do_ascend, own.values())):
+        return own, True
+    means = [(age, statistics.fmean(each[n][1] for each in own.values())) for n, age in enumerate(settings.stale_ages)]
+    return dict.fromkeys(own, means), False
 
 
 def _spread(name: str, values: Sequence[float], digits: int) -> dict[str, float | None]:

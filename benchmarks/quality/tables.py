@@ -51,8 +51,19 @@ def _describe(rows: Row) -> str:
     regimes = "; ".join(f"{regime['name']}: {regime['title']}" for regime in settings["regimes"])
     return (
         f"{rows['parameters']:,} parameters, seeds {', '.join(map(str, settings['seeds']))}, mean and standard "
-        f"deviation over seeds. {regimes}. {rows['cpu_minutes']} minutes of one core."
+        f"deviation over seeds. {regimes}. {rows['cpu_minutes']} minutes of one core.{_describe_references(rows)}"
     )
+
+
+def _describe_references(rows: Row) -> str:
+    names = [
+        name
+        for name in _names(rows)
+        if any(row["regimes"][name]["references"] != "of the seed" for row in rows["one_failure"])
+    ]
+    if not names:
+        return ""
+    return f" {' and '.join(names)}: the references of some seed do not ascend, so steps are read by their means."
 
 
 def _names(rows: Row) -> list[str]:
