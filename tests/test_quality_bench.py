@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,6 +72,21 @@ def test_the_benchmark_of_quality_runs_once_and_full_is_bit_identical(
     assert json.loads((results.parent / "quality.json").read_text())["rows"] == rows
     assert (results.parent / "quality.png").stat().st_size > 10_000
     assert "0, bit for bit" in capsys.readouterr().out
+
+
+def test_results_are_kept_under_the_name_of_what_is_measured(
+    modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, settings = modules["run"], modules["settings"]
+    tiny = tiny_settings(settings)
+    monkeypatch.setattr(settings, "LARGE", replace(tiny, base=replace(tiny.base, steps=2)))
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run.os, "nice", lambda by: by)
+    monkeypatch.setattr(run.torch, "use_deterministic_algorithms", lambda wanted: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.argv", ["run.py", "--large", "--regime", "F", "reference"])
+    run.main()
+    assert [path.name for path in (tmp_path / "results" / "quality-large").iterdir()] == ["F-seed0-reference.json"]
 
 
 def test_steps_lost_are_read_between_the_references(modules: dict[str, ModuleType]) -> None:

@@ -154,7 +154,7 @@ def say(text: str) -> None:
 def main() -> None:
     os.nice(5)
     options = parse_options()
-    settings, name = choose_settings(options)
+    settings, results = choose_settings(options)
     if settings.device == "cuda":
         if not torch.cuda.is_available():
             print("skipped: torch sees no CUDA device", file=sys.stderr)
@@ -172,7 +172,7 @@ def main() -> None:
         say(f"{regime}")
     say(f"seeds {settings.seeds}, sequences of {settings.sequence_length}, {settings.batch_size} a batch")
     num_measured = run_all(
-        settings, RESULTS / name, cache_directory(), only=options.configurations, regimes=options.regime
+        settings, RESULTS / results, cache_directory(), only=options.configurations, regimes=options.regime
     )
     say(f"done; {num_measured} results are new. Now summary.py, with the same --large and --device")
 
