@@ -50,7 +50,7 @@ def draw_costs(rows: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{regime['name']}: {regime['title']}", loc="left", fontsize=10)
         axes.set_xlabel(f"bytes per step, by those of full every {rows['settings']['interval']}")
     panels[0].set_ylabel("cost of a failure, in steps\n(half an interval to redo, and what the restore lost)")
-    _add_legend(figure, panels[0])
+    _add_legend(figure, rows)
     figure.savefig(path, format="png")
 
 
@@ -81,16 +81,20 @@ def _draw_regime(axes: Axes, rows: dict[str, Any], name: str) -> None:
     axes.grid(alpha=0.25)
 
 
-def _add_legend(figure: Figure, axes: Axes) -> None:
+def _add_legend(figure: Figure, rows: dict[str, Any]) -> None:
+    """Of what was measured."""
     from matplotlib.lines import Line2D
 
+    strategies, rests = ({row[key] for row in rows["one_failure"]} for key in ("strategy", "rest"))
     entries = [
         Line2D([], [], color=color, marker="o", linestyle="none", label=_LABELS.get(name, name))
         for name, color in _COLORS.items()
+        if name in strategies
     ]
     entries += [
         Line2D([], [], color="grey", marker=marker, linestyle="none", label=f"rest: {name}")
         for name, marker in _MARKERS.items()
+        if name in rests
     ]
     entries += [
         Line2D([], [], color="grey", marker="o", markerfacecolor="white", linestyle="none", label="saved more often"),
