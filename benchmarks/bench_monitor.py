@@ -68,8 +68,7 @@ class Training:
 
     def kept_nbytes(self) -> int:
         """What the monitor holds on to between two saves."""
-        picks = [picks for _, picks in self.monitor._known.values()]
-        indices = sum(each.indices.nbytes for pick in picks for each in pick.all)
+        indices = sum(indices.nbytes for _, indices in self.monitor._chooser._known.values())
         return indices + sum(values.nbytes for saved in self.monitor._saved.values() for values in saved.values())
 
 

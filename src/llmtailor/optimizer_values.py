@@ -49,6 +49,8 @@ def flatten_state(state: Mapping[Any, object], fqn: str) -> tuple[dict[str, torc
     """
     leaves: dict[str, torch.Tensor] = {}
     notes: dict[str, Note] = {}
+    if (plain := _plain_leaves(state)) is not None:
+        return plain, notes
     for path, value in _walk("", dict(state), fqn):
         if isinstance(value, torch.Tensor):
             reason = why_not_stored(value)
@@ -60,6 +62,18 @@ def flatten_state(state: Mapping[Any, object], fqn: str) -> tuple[dict[str, torc
         if isinstance(value, bool | int | float):
             leaves[path] = _number_tensor(path, value, fqn)
     return leaves, notes
+
+
+def _plain_leaves(state: Mapping[Any, object]) -> dict[str, torch.Tensor] | None:
+    """All of it, if it is as of most optimizers: tensors by plain names, thousands of them at every save."""
+    leaves: dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if type(value) is not torch.Tensor or type(name) is not str or not name.isidentifier():
+            return None
+        if why_not_plain(value) is not None:
+            return None
+        leaves[name] = value.detach()
+    return leaves
 
 
 def _walk(path: str, value: object, fqn: str) -> Iterator[tuple[str, object]]:

@@ -8,6 +8,7 @@ plays every disk that the promises of POSIX allow; here is what file systems mak
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -219,8 +220,14 @@ def find_lost(run: Path, log: RunLog) -> list[str]:
 
 
 def is_whole(path: Path, digest: str) -> bool:
-    is_good = (path / MANIFEST_NAME).is_file() and verify_checkpoint(path).is_good
-    return is_good and open_checkpoint(path).digest == digest
+    try:
+        is_good = (path / MANIFEST_NAME).is_file() and verify_checkpoint(path).is_good
+        return is_good and open_checkpoint(path).digest == digest
+    except OSError as err:
+        # ext4 says so of a name that was made durable before what it names was.
+        if err.errno not in (errno.EIO, errno.EUCLEAN):
+            raise
+        return False
 
 
 def find_broken(run: Path) -> list[str]:

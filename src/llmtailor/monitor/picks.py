@@ -140,11 +140,11 @@ def _pick(
     count = min(numel, max(_LEAST_PICKS, round(share * numel)))
     of_component: dict[Component, list[torch.Tensor]] = {}
     for leaf, tensor in state.items():
-        local = memory_of(tensor).detach()
+        local = memory_of(tensor)
         # What is cut otherwise, or kept as codes, says nothing of single entries.
         if local.shape == weights.shape and local.is_floating_point() and local.device == weights.device:
             component = Component.SECOND if leaf in _MORE_SECOND else component_of(state_key(fqn, leaf))
-            of_component.setdefault(component, []).append(local)
+            of_component.setdefault(component, []).append(local.detach())
     first, second = (of_component.get(each, [None])[0] for each in (Component.FIRST, Component.SECOND))
     step = state.get("step")
     return ParameterPicks(
