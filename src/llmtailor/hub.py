@@ -40,11 +40,11 @@ def locate_source(name: str) -> Path:
         return path
     if _ADAPTED.fullmatch(name):
         raise UnsupportedError(
-            "adapters are not applied to a source",
+            "there is no such directory, and adapters are not applied to a model",
             kind="adapted-source",
             path=name,
             expected="a directory, or org/model",
-            hint="apply it with PEFT (merge_and_unload), save the model, and name its directory",
+            hint="check the path; or apply the adapter with PEFT (merge_and_unload), save that, and name its directory",
         )
     if match is None:
         return path

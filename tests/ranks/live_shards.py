@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from llmtailor.errors import IncompatibleError, UnsupportedError
 from llmtailor.live_state import LiveLayers, LiveReader
-from llmtailor.local_parts import Seat, describe_cut, local_part
+from llmtailor.local_parts import Seat, describe_cut, local_part, memory_of
 from llmtailor.model_state import read_model
 from llmtailor.optimizer_check import check_state
 from llmtailor.optimizer_state import (
@@ -212,6 +212,10 @@ def check_reading_again(case: str, reader: LiveReader, model: Model, optimizer: 
     moved = reader.read(model, [optimizer])
     assert planned_anew(moved, first) == set()
     assert contents(moved) == contents(first)
+    values = [each for state in optimizer.state.values() for each in state.values() if isinstance(each, torch.Tensor)]
+    live = {memory_of(each).data_ptr() for each in values}
+    files = [image.optimizer for image in moved.images.values() if image.optimizer is not None]
+    assert all(memory_of(each).data_ptr() in live for file in files for each in file.tensors if each.ndim)
     check_exchanged_memory(case, reader, model, optimizer, optimizer.state[parameter][leaf])
 
 

@@ -147,6 +147,7 @@ class Watch:
             directory: Where what layers in codes are measured from is kept: the checkpoint, in staging.
             parent: The checkpoint before.
         """
+        assert self.step is not None
         steps = _saved_steps(parent)
         stale = {name: self.ages[name] if name in plan.kept else 0 for name in self.ages}
         self.expected_loss_steps = mean_age(stale, self.shares)
