@@ -138,9 +138,6 @@ def test_only_what_is_not_cached_is_read_around_the_cache(
     monkeypatch.setattr(reading, "_MIN_DIRECT_NBYTES", 1)
     with sources.using(path) as source:
         direct = source.direct
-    drop_from_cache(path)
-    if is_cached:
-        path.read_bytes()
     used: list[int] = []
     real = os.preadv
 
@@ -149,5 +146,10 @@ def test_only_what_is_not_cached_is_read_around_the_cache(
         return real(descriptor, *arguments)
 
     monkeypatch.setattr(os, "preadv", watched)
-    fetch(sources, path, (5, NBYTES))
+    # Looking for a page has the kernel fetch it; twice in a thousand times it comes from the disk before it is missed.
+    for _ in range(1 if is_cached else 5):
+        drop_from_cache(path)
+        if is_cached:
+            path.read_bytes()
+        fetch(sources, path, (5, NBYTES))
     assert (direct in used) == (not is_cached)

@@ -22,6 +22,7 @@ from llmtailor.votes import Vote, encode_message
 from mounts import Mounts
 from ranks.rank_threads import (
     NEVER,
+    PATIENT_SECS,
     EmptyError,
     FullDisk,
     Member,
@@ -234,8 +235,9 @@ def test_ranks_that_disagree_are_told_of_what_and_with_whom(
 
 
 def test_rank_that_saves_another_step_is_named_with_both_steps(run: Path) -> None:
-    with team(run, 3, commit_timeout_secs=0.5) as found:
+    with team(run, 3) as found:
         found.save(1)
+        found.wait_at_most(0.5)
         started = time.monotonic()
         outcomes = found.all(lambda member: member.save(3 if member.rank == 1 else 2))
         assert time.monotonic() - started < NEVER
@@ -251,10 +253,12 @@ def test_rank_that_saves_another_step_is_named_with_both_steps(run: Path) -> Non
 
 
 def test_step_that_one_rank_saves_in_addition_harms_only_itself(run: Path) -> None:
-    with team(run, 2, commit_timeout_secs=0.3) as found:
+    with team(run, 2) as found:
         found.save(1)
+        found.wait_at_most(0.3)
         assert kinds([outcome_of(found.members[1], 2)]) == ["rank-late"]
         check_next_save_works(found, 3, is_tidy=False)
+        found.wait_at_most(0.3)
         assert kinds([outcome_of(found.members[0], 4)]) == ["rank-late"]
         check_next_save_works(found, 5, is_tidy=False)
 
@@ -395,7 +399,7 @@ def raised_by_two_saves(member: Member) -> list[TailorError]:
 
 
 def test_lost_layer_is_not_forgotten_by_those_who_missed_the_verdict(run: Path) -> None:
-    with team(run, 2, strategy="parity", commit_timeout_secs=0.3) as found:
+    with team(run, 2, strategy="parity") as found:
         found.save(1)
         found.save(2)
         kept = [layer for layer in open_checkpoint(run / "checkpoint-2").manifest.layers if layer.step == 2]
@@ -406,6 +410,8 @@ def test_lost_layer_is_not_forgotten_by_those_who_missed_the_verdict(run: Path) 
                 raise ConnectionError("hidden")
 
         found.mailbox.meddle = hide
+        found.wait_at_most(0.3, ranks=[1])
         found.save(3)
+        found.wait_at_most(PATIENT_SECS)
         assert kinds(found.save(4)) == ["ranks-disagree"] * 2  # only one of them knows of the layer
         assert kinds(found.save(5)) == [None] * 2

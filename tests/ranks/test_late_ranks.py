@@ -18,6 +18,7 @@ from llmtailor.ranks import LateError, Ranks
 from llmtailor.storage import LocalFileSystem, SharedCheckpoint
 from ranks.rank_threads import (
     NEVER,
+    PATIENT_SECS,
     EmptyError,
     FullDisk,
     Mailbox,
@@ -51,8 +52,9 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_late_rank_is_named_and_learns_that_it_was(run: Path) -> None:
-    with team(run, 3, commit_timeout_secs=0.5) as found:
+    with team(run, 3) as found:
         found.save(1)
+        found.wait_at_most(1.0)
         gone_on = threading.Event()
 
         def wait(directory: Path) -> None:
@@ -71,7 +73,7 @@ def test_late_rank_is_named_and_learns_that_it_was(run: Path) -> None:
         late.start()
         started = time.monotonic()
         outcomes = together(3, lambda rank: save(rank) if rank != 1 else Path())
-        assert 0.4 < time.monotonic() - started < NEVER
+        assert 0.9 < time.monotonic() - started < NEVER
         assert kinds(outcomes) == ["rank-late", None, "rank-late"]
         for outcome in (outcomes[0], outcomes[2]):
             assert "rank 1 did not finish its part within" in str(outcome)
@@ -103,8 +105,9 @@ def test_rank_that_is_late_in_its_files_fails_of_being_late(
             time.sleep(1.2 if stage == "deliver" else 0.5)
         return method(self, *arguments)
 
-    with team(run, 3, strategy="parity", commit_timeout_secs=0.4) as found:
+    with team(run, 3, strategy="parity") as found:
         found.save(1)
+        found.wait_at_most(0.4)
         with monkeypatch.context() as patch:
             patch.setattr(SharedCheckpoint, stage, dawdle)
             outcomes = found.save(2)
@@ -123,8 +126,9 @@ class SlowDisk(LocalFileSystem):
 
 def test_rank_that_is_late_while_it_hands_over_fails_of_being_late(run: Path) -> None:
     """The others remove what is common, and what it is just moving its files to."""
-    with team(run, 3, filesystems=[SlowDisk() for _ in range(3)], commit_timeout_secs=0.4) as found:
+    with team(run, 3, filesystems=[SlowDisk() for _ in range(3)]) as found:
         found.save(1)
+        found.wait_at_most(0.4)
         found.filesystems[1].is_slow = True
         outcomes = found.save(2)
         assert kinds(outcomes) == ["rank-late"] * 3
@@ -158,8 +162,9 @@ def test_rank_that_failed_ends_its_save_when_it_knows_what_all_know(run: Path, m
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_rank_that_misses_the_verdict_catches_up_at_the_next_save(run: Path, rank: int) -> None:
-    with team(run, 3, strategy="parity", commit_timeout_secs=0.3) as found:
+    with team(run, 3, strategy="parity") as found:
         found.save(1)
+        found.wait_at_most(0.3, ranks=[rank])
 
         def hide(other: int, verb: str, key: str) -> None:
             if other == rank and key.endswith("2-0/verdict"):
@@ -177,8 +182,9 @@ def test_rank_that_misses_the_verdict_catches_up_at_the_next_save(run: Path, ran
 
 
 def test_verdict_that_is_never_posted_costs_one_more_save(run: Path) -> None:
-    with team(run, 2, commit_timeout_secs=0.3) as found:
+    with team(run, 2) as found:
         found.save(1)
+        found.wait_at_most(0.3, ranks=[1])
 
         def lose(rank: int, verb: str, key: str) -> None:
             if verb == "set" and key.endswith("2-0/verdict"):
@@ -186,6 +192,7 @@ def test_verdict_that_is_never_posted_costs_one_more_save(run: Path) -> None:
 
         found.mailbox.meddle = lose
         assert kinds(found.save(2)) == [None, "rank-late"]
+        found.wait_at_most(PATIENT_SECS)
         outcomes = found.save(3)
         assert kinds(outcomes) == ["ranks-disagree"] * 2
         assert "the checkpoints that ranks follow differ" in str(outcomes[0])
@@ -198,10 +205,11 @@ def test_verdict_that_is_never_posted_costs_one_more_save(run: Path) -> None:
 def test_message_that_cannot_be_sent_or_read_ends_in_an_error(run: Path, rank: int, verb: str) -> None:
     """At every message of a save, one after the other."""
     number = [0]
-    with team(run, 2, commit_timeout_secs=0.2) as found:
+    with team(run, 2) as found:
         found.save(1)
         step = 1
         for at in range(1, 6):
+            found.wait_at_most(0.2)
             number[0] = 0
 
             def fail(other: int, what: str, key: str, at: int = at) -> None:
@@ -235,8 +243,9 @@ def test_slow_coordinator_publishes_all_although_the_others_gave_up(run: Path, m
         time.sleep(1.5)
         seal(self, manifest)
 
-    with team(run, 3, strategy="parity", commit_timeout_secs=0.3) as found:
+    with team(run, 3, strategy="parity") as found:
         found.save(1)
+        found.wait_at_most(0.3, ranks=[1, 2])
         with monkeypatch.context() as patch:
             patch.setattr(SharedCheckpoint, "seal", seal_late)
             assert kinds(found.save(2)) == [None, "rank-late", "rank-late"]
@@ -265,12 +274,14 @@ def test_coordinator_parts_when_all_have_heard(run: Path) -> None:
 
 
 def test_coordinator_parts_though_a_rank_is_gone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with team(run, 2, commit_timeout_secs=0.3) as found:
+    with team(run, 2) as found:
         found.save(1)
+        found.wait_at_most(0.3, ranks=[1])
         found.mailbox.meddle = lambda rank, verb, key: (
             raise_(ConnectionError()) if "2-0/verdict" in key and rank else None
         )
         found.save(2)
+        found.wait_at_most(0.3)
         ballots = found.members[0].checkpointer._ballots
         assert ballots is not None
         started = time.monotonic()
@@ -283,8 +294,9 @@ def test_coordinator_parts_though_a_rank_is_gone(run: Path, monkeypatch: pytest.
 
 def test_store_that_never_answers_holds_nobody_beyond_the_deadline(run: Path) -> None:
     """Nor does each call leave another thread behind."""
-    with team(run, 2, commit_timeout_secs=0.3) as found:
+    with team(run, 2) as found:
         found.save(1)
+        found.wait_at_most(0.3)
         back = threading.Event()
         found.mailbox.meddle = lambda rank, verb, key: None if rank == 0 else wait_for(back)
         counts = []
@@ -307,8 +319,9 @@ def test_store_that_never_answers_holds_nobody_beyond_the_deadline(run: Path) ->
 
 def test_training_thread_waits_for_a_dead_store_no_longer_than_the_deadline(run: Path) -> None:
     """A rank that fails before the capture tells the others so from the training thread."""
-    with team(run, 2, commit_timeout_secs=0.3) as found:
+    with team(run, 2) as found:
         found.save(1)
+        found.wait_at_most(0.3)
         back = threading.Event()
         member = found.members[1]
         member.write_small_files = lambda directory: raise_(OSError(28, "full"))  # type: ignore[method-assign]

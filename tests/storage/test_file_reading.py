@@ -108,11 +108,15 @@ def test_a_cold_file_does_not_come_into_the_page_cache(tmp_path: Path, monkeypat
     monkeypatch.setattr(file_reading, "PIECE_NBYTES", 2**20)
     path = tmp_path / "file"
     write(path, 4 * 2**20)
-    drop_from_cache(path)
-    if count_cached_pages(path):
-        pytest.skip("the file system keeps its files in the page cache")
-    read(path)
-    assert count_cached_pages(path) <= 64  # of 1024: where it was asked whether something is there
+    counts = []
+    # Looking for a page has the kernel fetch it; twice in a thousand times it comes from the disk before it is missed.
+    for _ in range(3):
+        drop_from_cache(path)
+        if count_cached_pages(path):
+            pytest.skip("the file system keeps its files in the page cache")
+        read(path)
+        counts.append(count_cached_pages(path))
+    assert min(counts) <= 64, counts  # of 1024: where it was asked whether something is there
 
 
 @pytest.mark.parametrize("refuses", ["the flag", "the read"])
