@@ -25,12 +25,14 @@ KernelKey: TypeAlias = tuple[str, torch.dtype, torch.device]
 
 # Below this the reference is done before a compiler would be.
 _MIN_COMPILED_NUMEL = 2**24
-# A strip and what is made of it stay in the second-level cache. On a GPU it is what launches take that must not count;
-# a strip's codes and what they are relative to take memory there.
-_HOST_STRIP_NUMEL = 2**18
+# A strip and what is made of it stay in the second-level cache, and are little beside a layer. On a GPU it is what
+# launches take that must not count; a strip's codes and what they are relative to take memory there.
+_HOST_STRIP_NUMEL = 2**17
 # Smaller strips are few, and torch would compile for some of them anew.
 _MIN_FUSED_NUMEL = 2**14
 _DEVICE_STRIP_NUMEL = 2**24
+# Of the values of a kernel's first call, whose size it is compiled for.
+_EXAMPLE_NUMEL = 2**18
 # torch does so much on the calling thread: a second team of threads beside the one that trains would slow both down.
 # Source: torch 2.13, aten/src/ATen/TensorIterator.h (GRAIN_SIZE).
 _REFERENCE_STRIP_NUMEL = 2**15
@@ -92,10 +94,9 @@ def _compile(key: KernelKey) -> Kernel:
     """A fused kernel, and its first call."""
     name, dtype, device = key
     codec, _, of_weights = name.partition(":")
-    # One thread: the others are the training's.
-    options: dict[str, Any] | None = {"cpp.threads": 1} if device.type == "cpu" else None
+    options = _host_options(codec) if device.type == "cpu" else None
     fused: Kernel = torch.compile(KERNELS[codec], fullgraph=True, options=options)
-    values = torch.ones(_HOST_STRIP_NUMEL // BLOCK_NUMEL, BLOCK_NUMEL, dtype=dtype, device=device)
+    values = torch.ones(_EXAMPLE_NUMEL // BLOCK_NUMEL, BLOCK_NUMEL, dtype=dtype, device=device)
     base = values.clone() if codec.startswith("delta") else None
     weights = values.to(_WEIGHT_TYPES[of_weights]) if of_weights else None
     for each in (values, base, weights):
@@ -105,3 +106,14 @@ def _compile(key: KernelKey) -> Kernel:
         # Whoever calls it without weights calls it with two.
         fused(values, base) if weights is None else fused(values, base, weights)
     return fused
+
+
+def _host_options(codec: str) -> dict[str, Any]:
+    """What torch's inductor is told of a kernel for a CPU."""
+    options: dict[str, Any] = {"cpp.threads": 1}  # the others are the training's
+    # It sends the bits of numbers through the stack. g++ puts them there in vectors of 256 bits, where the CPU is one
+    # of Intel's, and one of 512 that is read from there waits for both: half the speed.
+    # Source: torch 2.13, _inductor/codegen/cpp.py (to_dtype_bitcast); g++ 12.2, -mtune=sapphirerapids.
+    if codec.startswith(("log", "tail")) and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        options["cpp.simdlen"] = 256
+    return options
