@@ -109,11 +109,11 @@ def decode_turn(
         *found, _ = KERNELS[codec](values, base)
     arrays = {
         name: memoryview(array.view(torch.uint8).numpy().data).cast("B")
-        for name, array in zip(stored.arrays, found, strict=False)
+        for name, array in zip(stored.arrays, found, strict=True)
     }
     relative = None if base is None else base.numpy()
     if stored.base == "rounded":
-        relative = found[-1].view(torch.int16).numpy().view(np.uint16)
+        relative = values.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(-1)
     out = memoryview(target.view(torch.uint8).numpy().data).cast("B")
     return lambda: secs_of(lambda: decode_tensor(stored, arrays, relative, out))
 

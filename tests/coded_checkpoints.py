@@ -69,12 +69,9 @@ def encode_slowly(codec: str, tensor: torch.Tensor, base: torch.Tensor | None) -
     assert filled[0] is not None
     *found, _ = KERNELS[codec](filled[0], filled[1] if codec.startswith("delta") else None)
     arrays = {}
-    for (name, meta), array in zip(stored.arrays.items(), found, strict=False):
+    for (name, meta), array in zip(stored.arrays.items(), found, strict=True):
         arrays[name] = array[: meta.numel].view(torch_dtype(meta.dtype))
-    rounded = None
-    if codec.startswith("tail"):
-        rounded = found[-1][: tensor.numel()].view(torch.bfloat16).reshape(tensor.shape)
-    return arrays, rounded
+    return arrays, tensor.bfloat16() if codec.startswith("tail") else None
 
 
 def pack_frames(tensor: torch.Tensor, base: torch.Tensor) -> Tensors:

@@ -59,15 +59,14 @@ def encode(codec: str, values: torch.Tensor, base: torch.Tensor | None = None, k
     stored = StoredCodes(codec=codec, meta=TensorMeta(dtype=dtype, shape=(numel,)))
     *found, measures = (kernel or KERNELS[codec])(to_blocks(values), None if base is None else to_blocks(base))
     arrays = {}
-    for (name, meta), array in zip(stored.arrays.items(), found, strict=False):
+    for (name, meta), array in zip(stored.arrays.items(), found, strict=True):
         bits = array.numpy()
         assert bits.dtype.itemsize == np.dtype(NUMPY_DTYPES[meta.dtype]).itemsize, name
         arrays[name] = bits.view(NUMPY_DTYPES[meta.dtype])[: meta.numel]
         assert arrays[name].shape == meta.shape, name
     of_base = None if base is None else base.numpy()
     if codec.startswith("tail"):
-        of_base = found.pop().view(torch.int16).numpy().view(np.uint16)[:numel]
-    assert len(found) == len(arrays)
+        of_base = values.bfloat16().view(torch.int16).numpy().view(np.uint16)
     return Coded(codec, dtype, numel, arrays, of_base, measures)
 
 

@@ -118,7 +118,8 @@ class Checkpointer:
         open_tiers = partial(self._open_tiers, keep=keep, keep_consistent=keep_consistent, filesystem=filesystem)
         self._tiers, session = open_together(self.meeting, self._directory, open_tiers)
         try:
-            self._engine = Engine(self._tiers.run, pool_nbytes=options.get("pool_nbytes"))
+            encodes = self._rest is not None
+            self._engine = Engine(self._tiers.run, pool_nbytes=options.get("pool_nbytes"), encodes=encodes)
         except BaseException:
             self._tiers.close()
             raise

@@ -153,8 +153,6 @@ def check_logarithmic(coded: Coded, true: Values, decoded: Values) -> None:
 def check_tail(coded: Coded, true: Values, decoded: Values) -> None:
     levels, shift = TAIL[coded.codec]
     assert coded.base is not None
-    expected = torch.from_numpy(true).float().bfloat16().view(torch.int16).numpy().view(np.uint16)
-    assert (coded.base == expected).all()
     # In whole numbers that differ by one where two F32 of one sign are neighbours.
     halves = (coded.base.astype(np.uint32) << np.uint32(16)).view(np.int32).astype(np.int64)
     rest = bits_of(true) - halves

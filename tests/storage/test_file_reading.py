@@ -104,6 +104,25 @@ def test_what_is_cached_only_in_part_is_read_whole(tmp_path: Path) -> None:
             assert read(path)[0] == digest_of(content)
 
 
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("is_cached", [True, False], ids=["cached", "cold"])
+def test_a_reader_works_with_memory_that_it_is_given(tmp_path: Path, is_cached: bool) -> None:
+    path = tmp_path / "file"
+    content = write(path, 5 * PIECE + 7)
+    if not is_cached:
+        drop_from_cache(path)
+    buffer = memoryview(mmap.mmap(-1, 2 * 4096))
+    reader = FileReader(buffer=buffer)
+    assert reader.piece_nbytes == 2 * 4096
+    pieces: list[bytes] = []
+    with open(path, "rb") as file:
+        found = reader.digest(file.fileno(), len(content), path, lambda _, piece: pieces.append(bytes(piece)))
+    assert found == digest_of(content)
+    assert [len(piece) for piece in pieces[:-1]] == [2 * 4096] * (len(content) // (2 * 4096))
+    assert b"".join(pieces) == content
+    assert bytes(buffer[: len(pieces[-1])]) == pieces[-1]
+
+
 def test_a_cold_file_does_not_come_into_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_reading, "PIECE_NBYTES", 2**20)
     path = tmp_path / "file"

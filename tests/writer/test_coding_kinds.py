@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from llmtailor.checkpoint import open_checkpoint
 from llmtailor.checkpointer import Checkpointer
 from llmtailor.load import plan_load
 from llmtailor.model_state import read_model
+from llmtailor.storage import FileReader
 from llmtailor.verify import verify_checkpoint
 from llmtailor.writer.coding import LayerEncoder
 from tiny_models import Snapshot, assert_same
@@ -220,14 +222,9 @@ def test_weights_alone_are_coded_too(fast_directory: Path, rest: str) -> None:
 # Memory
 
 
-def largest_codes(training: Training, path: Path) -> int:
-    """Bytes of the codes of the largest layer, as they are in its file, and of what it has rounded."""
-    found = []
-    for layer in layers_of(path).values():
-        if layer.encoding is not None:
-            rounded = layer.weights.bytes if layer.encoding.base == "rounded" else 0
-            found.append(layer.encoding.codes.bytes + rounded)
-    return max(found)
+def largest_codes(path: Path) -> int:
+    """Bytes of the codes of the largest layer, as they are in its file."""
+    return max(layer.encoding.codes.bytes for layer in layers_of(path).values() if layer.encoding is not None)
 
 
 @pytest.mark.parametrize("rest", ["q8", "compact"])
@@ -252,11 +249,39 @@ def test_scratch_memory_is_one_layers_codes_and_used_again(
     path = training.handles[-1].result()
     assert len(sizes) == 5 * len(BLOCKS)
     assert len(set(sizes)) == 1, "the memory was exchanged"
-    assert 0 < sizes[0][1] <= largest_codes(training, path)
+    assert 0 < sizes[0][1] <= largest_codes(path)
     handle = training.handles[-1]
     assert handle.stats is not None
     assert handle.stats.pool_nbytes > sizes[0][1]
     training.close()
+
+
+def test_all_memory_but_the_scratch_is_the_pools(fast_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What codes are relative to is read into it, and what kernels need comes off it."""
+    pool_nbytes = 2**18
+    training = new_training(fast_directory, strategy=nothing, options={"pool_nbytes": pool_nbytes})
+    training.train()
+    training.save().result()
+    engine = training.checkpointer._engine
+    assert engine._pool.limit_nbytes == pool_nbytes * 3 // 4
+    memory = np.frombuffer(engine._pool._memory.bytes, np.uint8)
+    read = FileReader.read_piece
+    offsets: set[int] = set()
+
+    def note(reader: FileReader, *arguments: Any) -> memoryview:
+        found = read(reader, *arguments)
+        offsets.add(np.frombuffer(found, np.uint8).ctypes.data - memory.ctypes.data)
+        return found
+
+    monkeypatch.setattr(FileReader, "read_piece", note)
+    training.train()
+    training.save().result()
+    assert offsets
+    assert all(0 < offset < memory.nbytes for offset in offsets)
+    training.close()
+    exact = new_training(fast_directory.with_name("exact"), rest="skip", options={"pool_nbytes": pool_nbytes})
+    assert exact.checkpointer._engine._pool.limit_nbytes == pool_nbytes
+    exact.close()
 
 
 def test_no_file_stays_open(fast_directory: Path) -> None:

@@ -6,6 +6,7 @@ import random
 import tracemalloc
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -140,6 +141,44 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 @given(st.lists(tensors(), max_size=5), st.lists(st.integers(1, 16), min_size=1, max_size=5))
 def test_any_file_in_pieces_of_any_size(several: list[torch.Tensor], sizes: list[int]) -> None:
     check(weights_image("x", {f"t{number}": tensor for number, tensor in enumerate(several)}), sizes)
+
+
+def rounded_bytes(tensor: torch.Tensor) -> bytes:
+    """The nearest BF16 of each F32 that is a number, ties to even."""
+    bits = tensor.contiguous().numpy().view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
+
+
+def check_rounded(tensor: torch.Tensor, sizes: Sequence[int]) -> None:
+    before, after = values([3], torch.uint8), values([5]).nan_to_num()
+    image = weights_image("x", {"before": before, "it": tensor, "after": after}, rounded={"it", "after"})
+    assert {each.name: each.meta.dtype for each in image.layout.tensors} == {
+        "before": "U8",
+        "it": "BF16",
+        "after": "BF16",
+    }
+    content = {"before": bytes(host_bytes(before)), "it": rounded_bytes(tensor), "after": rounded_bytes(after)}
+    expected = image.layout.prefix + b"".join(content[each.name] for each in image.layout.tensors)
+    assert read(image.parts, image.nbytes, sizes) == expected
+
+
+ROUNDED = {
+    "every kind of number": lambda: values([300, 129]).nan_to_num(nan=1.0, posinf=torch.inf, neginf=-torch.inf),
+    "ties": lambda: (torch.arange(2**16 - 2**8, dtype=torch.int32) << 16 | 0x8000).view(torch.float32).nan_to_num(),
+    "transposed": lambda: values([129, 37]).nan_to_num().T,
+    "columns cut out": lambda: values([80, 200]).nan_to_num()[:, 3:70],
+    "of no dimensions": lambda: values([]).nan_to_num(),
+    "empty": lambda: values([0]),
+    "more than a strip": lambda: values([3, 40_001]).nan_to_num(),
+    "with a gradient": lambda: torch.nn.Parameter(values([40, 50]).nan_to_num()),
+}
+
+
+@pytest.mark.parametrize("view", ROUNDED)
+@pytest.mark.parametrize("sizes", [(1,), (2, 1, 5), (16,)], ids=str)
+def test_weights_are_rounded_on_their_way(view: str, sizes: tuple[int, ...]) -> None:
+    tensor = ROUNDED[view]().detach()
+    check_rounded(tensor, sizes)
 
 
 def test_nothing_larger_than_a_piece_is_allocated() -> None:

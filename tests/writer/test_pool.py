@@ -224,6 +224,82 @@ def test_memory_in_use_is_not_replaced() -> None:
     assert pool.nbytes == 50 * PAGE
 
 
+def test_what_is_set_aside_is_no_part_of_the_ring() -> None:
+    pool = new_pool(12)
+    with pool.set_aside(3 * PAGE - 1) as memory:
+        assert memory.nbytes == 3 * PAGE
+        assert np.frombuffer(memory, np.uint8).ctypes.data % PAGE == 0
+        memory[:] = bytes([7]) * memory.nbytes
+        for _ in range(3):
+            pieces = [take(pool, 2 * PAGE) for _ in range(4)]
+            assert sum(piece.nbytes for piece in pieces) == 8 * PAGE
+            last = take(pool, 2 * PAGE)
+            assert (last.start, last.nbytes) == (8 * PAGE, PAGE)
+            for piece in [*pieces, last]:
+                piece.bytes[:] = 1
+                pool.give_back(piece)
+        assert bytes(memory) == bytes([7]) * memory.nbytes
+        assert pool.nbytes == 12 * PAGE
+    assert pool.high_water_nbytes == 12 * PAGE, "both were in use"
+    assert [take(pool, 3 * PAGE).start for _ in range(4)] == [0, 3 * PAGE, 6 * PAGE, 9 * PAGE]
+
+
+def test_ring_becomes_longer_under_pieces_in_use() -> None:
+    """Writers are not done when the thread that captures is."""
+    pool = new_pool(12)
+    with pool.set_aside(4 * PAGE):
+        pieces = [take(pool, 2 * PAGE) for _ in range(4)]
+        pool.give_back(pieces[0])
+        pieces.append(take(pool, PAGE))
+        assert pieces[-1].start == 0
+    for number, piece in enumerate(pieces[1:]):
+        piece.bytes[:] = number
+    assert take(pool, PAGE).start == PAGE
+    assert try_take(pool, PAGE) is None
+    assert [int(piece.bytes.max()) for piece in pieces[1:]] == [0, 1, 2, 3]
+    assert all((piece.bytes == piece.bytes[0]).all() for piece in pieces[1:])
+
+
+def test_waiting_for_room_ends_when_what_was_set_aside_is_back() -> None:
+    pool = new_pool(8)
+    with pool.set_aside(4 * PAGE):
+        for start in range(4):
+            assert take(pool, PAGE).start == start * PAGE
+        waiter = Waiter(pool, PAGE)
+        assert waiter.is_waiting()
+    # The ring was full: its head is at the oldest piece, and stays there until that is given back.
+    assert waiter.is_waiting()
+    pool.give_back(pool._pieces[0])
+    assert waiter.has_ended()
+    assert waiter.piece is not None
+    assert waiter.piece.start == 0
+
+
+def test_at_most_a_half_is_set_aside() -> None:
+    pool = new_pool(4)
+    with pool.set_aside(100 * PAGE) as memory:
+        assert memory.nbytes == 2 * PAGE
+        pieces = [take(pool, 5 * PAGE), take(pool, 5 * PAGE)]
+        assert [piece.nbytes for piece in pieces] == [PAGE, PAGE]
+        for piece in pieces:
+            pool.give_back(piece)
+
+
+def test_what_is_set_aside_comes_back_whatever_happens() -> None:
+    pool = new_pool(8)
+    with pytest.raises(KeyError), pool.set_aside(4 * PAGE):
+        raise KeyError
+    assert pool._ring_nbytes == 8 * PAGE
+
+
+def test_what_is_needed_beside_the_ring_comes_out_of_the_limit() -> None:
+    assert HostPool(64 * PAGE, beside_nbytes=10 * PAGE).limit_nbytes == 54 * PAGE
+    assert HostPool(64 * PAGE, beside_nbytes=60 * PAGE).limit_nbytes == 48 * PAGE
+    with pytest.raises(InvalidInputError) as caught:
+        HostPool(MIN_POOL_NBYTES - 1, beside_nbytes=PAGE)
+    assert caught.value.found == f"{MIN_POOL_NBYTES - 1} bytes"
+
+
 def test_high_water_is_that_of_one_save() -> None:
     pool = new_pool(8)
     pieces = [take(pool, 2 * PAGE) for _ in range(3)]

@@ -23,9 +23,9 @@ __all__ = ["KERNELS", "Encoded", "Kernel", "pack_frame", "split_master"]
 _HALF = BLOCK_NUMEL // 2
 
 Encoded: TypeAlias = tuple[torch.Tensor, ...]
-"""The arrays of a strip in the order of ``StoredCodes.arrays``, flat; of ``tail`` then the BF16 rounding that they are
-relative to; then the measures: F32 [5], see ``_measure``. Scales, lows and steps as the bits of an int16. Of masters,
-there is no BF16 rounding, and at last come the measures of their weights: F32 [6], see ``_measure_weights``."""
+"""The arrays of a strip in the order of ``StoredCodes.arrays``, flat; then the measures: F32 [5], see ``_measure``.
+Scales, lows and steps as the bits of an int16. Of masters, at last come the measures of their weights: F32 [6], see
+``_measure_weights``."""
 
 
 class Kernel(Protocol):
@@ -136,7 +136,7 @@ def _logarithmic(values: torch.Tensor, levels: int, shift: int) -> Encoded:
 
 
 def _tail(values: torch.Tensor, levels: int, shift: int, weights: torch.Tensor | None = None) -> Encoded:
-    """What BF16 leaves of an F32, in its last bits; between the codes and the measures stands the BF16."""
+    """What BF16 leaves of an F32, in its last bits."""
     bits = values.view(torch.int32)
     rounded = _nearest_bf16(bits)
     rest = (bits - rounded).float()
@@ -147,10 +147,8 @@ def _tail(values: torch.Tensor, levels: int, shift: int, weights: torch.Tensor |
     errors = _float_of(rounded + codes.to(torch.int32) * (1 << shift)) - values
     # From F32, which is vectorized where it is not from I32.
     stored = codes.to(torch.int8) if levels > 7 else _pack((codes + 8).to(torch.int32).view(-1, BLOCK_NUMEL))
-    measures = _measure(values, errors, errors.abs().amax())
-    if weights is not None:
-        return stored.view(-1), measures, _measure_weights(values, values, weights)
-    return stored.view(-1), values.to(torch.bfloat16).view(-1), measures
+    encoded = stored.view(-1), _measure(values, errors, errors.abs().amax())
+    return encoded if weights is None else (*encoded, _measure_weights(values, values, weights))
 
 
 KERNELS: Mapping[str, Kernel] = {

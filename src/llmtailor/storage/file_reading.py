@@ -118,12 +118,18 @@ class FileReader:
 
     Args:
         is_stopped: Asked before each piece; reading ends where it says yes.
+        buffer: Starts at a page, and is whole pages long; nobody else's meanwhile. None takes memory of its own.
     """
 
-    def __init__(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, is_stopped: Callable[[], bool] = lambda: False, *, buffer: memoryview | None = None) -> None:
         self._is_stopped = is_stopped
-        self._buffer = aligned_buffer(PIECE_NBYTES)
+        self._buffer = aligned_buffer(PIECE_NBYTES) if buffer is None else buffer
         self._filesystem = LocalFileSystem()
+
+    @property
+    def piece_nbytes(self) -> int:
+        """The most that is read at a time."""
+        return self._buffer.nbytes
 
     def digest(
         self,
@@ -148,10 +154,10 @@ class FileReader:
             OSError: The device failed.
         """
         digest = xxhash.xxh3_128()
-        for offset in range(0, nbytes, PIECE_NBYTES):
+        for offset in range(0, nbytes, self.piece_nbytes):
             if self._is_stopped():
                 raise _Stopped
-            wanted = min(PIECE_NBYTES, nbytes - offset)
+            wanted = min(self.piece_nbytes, nbytes - offset)
             found = self._read(descriptor, offset, wanted)
             if found < wanted:
                 raise IntegrityError(
@@ -172,7 +178,7 @@ class FileReader:
         Args:
             descriptor: As for ``digest``.
             offset: A multiple of ``ALIGNMENT``.
-            nbytes: At most ``PIECE_NBYTES``.
+            nbytes: At most ``piece_nbytes``.
 
         Returns:
             Its bytes, fewer if the file ends before; there until the next call.

@@ -17,7 +17,7 @@ from ..formats.safetensors import read_header
 from ..formats.tailored import read_packed
 from ..manifest import FileRecord
 from ..state_keys import split_state_key
-from ..storage import ALIGNMENT, PIECE_NBYTES, FileReader
+from ..storage import ALIGNMENT, FileReader
 from ..tensor_bytes import torch_dtype
 from ..tensors import DTYPE_BITS, TensorMeta
 from ..verify import open_published
@@ -114,7 +114,7 @@ class BaseFile:
         start, window = self._window
         if not start <= offset < start + window.nbytes:
             start = offset // ALIGNMENT * ALIGNMENT
-            nbytes = min(PIECE_NBYTES, self.record.bytes - start)
+            nbytes = min(self._reader.piece_nbytes, self.record.bytes - start)
             window = self._reader.read_piece(self._descriptor, start, nbytes)
             self._window = start, window
             if window.nbytes < nbytes:

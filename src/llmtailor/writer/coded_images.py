@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -151,8 +151,8 @@ def codes_image(
     return plan_image(coded.name, arrays, metadata, are_lazy=())
 
 
-def rounded_image(coded: CodedImage, rounded: Mapping[str, torch.Tensor]) -> FileImage:
-    """The weights file whose coded tensors are rounded; by fqn."""
+def rounded_image(coded: CodedImage, rounded: Collection[str]) -> FileImage:
+    """The weights file with some tensors, by fqn, rounded while they are captured."""
     weights = coded.live.whole_weights
-    pairs = zip(weights.layout.tensors, weights.tensors, strict=True)
-    return weights_image(coded.stem, {stored.name: rounded.get(stored.name, tensor) for stored, tensor in pairs})
+    tensors = {stored.name: tensor for stored, tensor in zip(weights.layout.tensors, weights.tensors, strict=True)}
+    return weights_image(coded.stem, tensors, rounded=rounded)

@@ -184,10 +184,7 @@ class LayerEncoder:
                 return _Begun(item=item, encoded=None)
         if stored.codec == "xor":
             return _Begun(item=item, encoded=self._pack(item, source))
-        is_rounding = stored.base == "rounded" and item.weight is None
         arrays = {name: self._scratch.take(meta.dtype, meta.numel) for name, meta in stored.arrays.items()}
-        rounded = self._scratch.take("BF16", tensor.numel()) if is_rounding else None
-        targets = [*arrays.values(), *([] if rounded is None else [rounded])]
         measures: list[torch.Tensor] = []
         of_weight: list[torch.Tensor] = []
         strip = self._kernels.strip_numel(tensor.device)
@@ -199,15 +196,9 @@ class LayerEncoder:
             if item.weight is not None:
                 of_weight.append(found.pop())
             measures.append(found.pop())
-            for target, array in zip(targets, found, strict=True):
+            for target, array in zip(arrays.values(), found, strict=True):
                 _copy_strip(array, target, start, -(-(stop - start) // BLOCK_NUMEL))
-        encoded = _EncodedTensor(
-            key=key,
-            stored=stored,
-            arrays=arrays,
-            deviation=Deviation(),
-            rounded=None if rounded is None else rounded.view(tensor.shape),
-        )
+        encoded = _EncodedTensor(key=key, stored=stored, arrays=arrays, deviation=Deviation())
         return _Begun(item=item, encoded=encoded, measures=measures, of_weight=of_weight)
 
     def _encode_strip(self, item: _Item, base: BaseLayer | None, start: int, stop: int) -> list[torch.Tensor]:
@@ -271,10 +262,12 @@ class _EncodedTensor:
     arrays: Mapping[str, torch.Tensor]
     deviation: Deviation
     """Without a norm where it is exact: limits are for what is not."""
-    rounded: torch.Tensor | None = None
-    """What goes into the weights file instead of it."""
     of_weight: Deviation | None = None
     """Of a master: how far its codes, rounded, are from the weight; None if it does not round to that itself."""
+
+    @property
+    def is_weight(self) -> bool:
+        return component_of(self.key) is Component.WEIGHTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,8 +311,8 @@ def _finish(
     weights: tuple[FileImage, ...] = ()
     if coded.base != "exact":
         # Weights that are not rounded are there as they are.
-        found = [each for each in found if each.rounded is not None or component_of(each.key) is not Component.WEIGHTS]
-        weights = (rounded_image(coded, {each.key: each.rounded for each in found if each.rounded is not None}),)
+        found = [each for each in found if each.stored.base == "rounded" or not each.is_weight]
+        weights = (rounded_image(coded, {each.key for each in found if each.is_weight}),)
     digests = (None, None) if base is None else (base.digest, base.state_digest)
     codes = {each.key: each.stored for each in found}
     arrays = {array_name(each.key, name): array for each in found for name, array in each.arrays.items()}
@@ -417,5 +410,3 @@ def _scratch_sizes(coded: CodedImage) -> Iterator[int]:
             yield from (meta.nbytes for meta in stored.arrays.values())
         if stored.codec in ("xor", "round"):  # a weight that is not its rounded master is packed
             yield stored.meta.nbytes
-        if stored.base == "rounded":
-            yield stored.meta.nbytes // 2

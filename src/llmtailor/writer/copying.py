@@ -13,10 +13,15 @@ import numpy as np
 import torch
 
 from .devices import Lanes
-from .images import Part
+from .images import Part, Rounded
 from .pool import Piece
 
 __all__ = ["ImageReader", "flat_elements", "row_major_blocks"]
+
+# So little torch converts on the calling thread; on a GPU launches must not count.
+# Source: torch 2.13, aten/src/ATen/TensorIterator.h (GRAIN_SIZE).
+_HOST_STRIP_NUMEL = 2**15
+_DEVICE_STRIP_NUMEL = 2**22
 
 
 class ImageReader:
@@ -55,6 +60,9 @@ class ImageReader:
         if isinstance(part, memoryview):
             piece.bytes[at : at + nbytes] = np.frombuffer(part, dtype=np.uint8)[start : start + nbytes]
             return
+        if isinstance(part, Rounded):
+            self._round(part.tensor, start // 2, piece.tensor[at : at + nbytes].view(torch.bfloat16))
+            return
         if part.is_cpu and part.is_contiguous() and not part.is_conj() and not part.is_neg():
             # A tensor of one element is contiguous whatever its stride; ``view`` looks at the stride.
             # Not by ``numpy()``: after that torch refuses to resize the tensor's memory, as offloading does.
@@ -69,6 +77,15 @@ class ImageReader:
             for block in row_major_blocks(part, start // size, (start + nbytes) // size):
                 target[done : done + block.numel()].view(block.shape).copy_(block, non_blocking=block.is_cuda)
                 done += block.numel()
+
+    def _round(self, tensor: torch.Tensor, start: int, target: torch.Tensor) -> None:
+        """Fill the target with elements of a tensor from there on, rounded where they are."""
+        strip = _HOST_STRIP_NUMEL if tensor.is_cpu else _DEVICE_STRIP_NUMEL
+        with self._lanes.of(tensor), torch.no_grad():
+            for done in range(0, target.numel(), strip):
+                into = target[done : done + strip]
+                values = flat_elements(tensor, start + done, start + done + into.numel())
+                into.copy_(values if tensor.is_cpu else values.to(torch.bfloat16), non_blocking=tensor.is_cuda)
 
 
 def flat_elements(tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:

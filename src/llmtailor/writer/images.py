@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -19,9 +19,31 @@ from ..shards import Shards, whole_shard
 from ..state_keys import NOTES_KEY, split_state_key
 from ..tensor_bytes import meta_of
 
-__all__ = ["FileImage", "LayerImage", "Part", "find_masters", "optimizer_image", "plan_image", "weights_image"]
+__all__ = [
+    "FileImage",
+    "LayerImage",
+    "Part",
+    "Rounded",
+    "find_masters",
+    "optimizer_image",
+    "plan_image",
+    "weights_image",
+]
 
-Part: TypeAlias = memoryview | torch.Tensor
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A tensor whose elements, each as the nearest BF16 (ties to even), are the bytes."""
+
+    tensor: torch.Tensor
+    """F32."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes // 2
+
+
+Part: TypeAlias = memoryview | torch.Tensor | Rounded
 """Bytes, or a tensor whose elements in row-major order are the bytes."""
 
 _NO_SHARDS: Shards = {}
@@ -44,6 +66,8 @@ class FileImage:
     """Whose part of a layer it is; None for a whole file."""
     wholes: tuple[torch.Tensor, ...] = ()
     """Of each tensor that is held: the live one, or the ``DTensor`` that it is the part of."""
+    rounded: frozenset[str] = frozenset()
+    """Names of F32 tensors that the file is to hold as BF16."""
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +76,9 @@ class FileImage:
     @property
     def parts(self) -> Sequence[Part]:
         """The file from its first byte to its last."""
-        return (memoryview(self.layout.prefix), *map(memory_of, self.tensors))
+        pairs = zip(self.layout.tensors, map(memory_of, self.tensors), strict=True)
+        tensors = (Rounded(tensor) if stored.name in self.rounded else tensor for stored, tensor in pairs)
+        return (memoryview(self.layout.prefix), *tensors)
 
     @property
     def referred(self) -> Sequence[tuple[torch.Tensor, torch.Tensor | None]]:
@@ -174,7 +200,12 @@ def find_masters(weights: FileImage | None, optimizer: FileImage | None) -> dict
 
 
 def weights_image(
-    stem: str, tensors: Mapping[str, torch.Tensor], *, shards: Shards = _NO_SHARDS, rank: int | None = None
+    stem: str,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    shards: Shards = _NO_SHARDS,
+    rank: int | None = None,
+    rounded: Collection[str] = (),
 ) -> FileImage:
     """The weights file of a layer.
 
@@ -183,9 +214,10 @@ def weights_image(
         tensors: By fqn.
         shards: Of those that are not held whole; by fqn.
         rank: Whose part of the layer it is; None for a whole file.
+        rounded: See ``plan_image``.
     """
     name = f"model-{stem}{_suffix(rank)}.safetensors"
-    image = plan_image(name, tensors, _encode(tensors, shards), are_lazy=torch.nn.Parameter)
+    image = plan_image(name, tensors, _encode(tensors, shards), are_lazy=torch.nn.Parameter, rounded=rounded)
     return replace(image, rank=rank)
 
 
@@ -230,6 +262,7 @@ def plan_image(
     metadata: Mapping[str, str],
     *,
     are_lazy: type[torch.Tensor] | tuple[()],
+    rounded: Collection[str] = (),
 ) -> FileImage:
     """A file of these tensors.
 
@@ -238,8 +271,10 @@ def plan_image(
         tensors: By name in the file; of a ``DTensor`` the part that is here goes into it.
         metadata: Of the file.
         are_lazy: The class of those that nothing but an optimizer's step changes.
+        rounded: Names of F32 tensors that go into it as BF16.
     """
     metas = [(key, meta_of(memory_of(tensor))) for key, tensor in tensors.items()]
+    metas = [(key, replace(meta, dtype="BF16") if key in rounded else meta) for key, meta in metas]
     # transformers refuses a file without this key. Source: transformers 5.23, modeling_utils.py (load_state_dict).
     layout = plan_layout(metas, {"format": "pt", **metadata})
     ordered = tuple(tensors[stored.name] for stored in layout.tensors)
@@ -248,4 +283,5 @@ def plan_image(
         layout=layout,
         tensors=ordered,
         are_lazy=tuple(isinstance(tensor, are_lazy) for tensor in ordered),
+        rounded=frozenset(rounded),
     )

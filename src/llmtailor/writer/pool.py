@@ -1,6 +1,6 @@
 """Host memory that is allocated once and used again for every save: a ring of pieces.
 
-    |  free  | piece | piece (given back) | piece |   free   |
+    |  free  | piece | piece (given back) | piece |   free   | set aside |
              ^ oldest                             ^ head
 
 A piece is a stretch of pages that becomes a stretch of a file. Pieces are taken in order by one thread and given back
@@ -12,9 +12,10 @@ Fresh pages are what copying to host memory costs most (0.7 s per GB against 0.1
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,12 +69,13 @@ class HostPool:
 
     Args:
         limit_nbytes: It never takes more memory than this; rounded down to pages.
+        beside_nbytes: Of the limit, what is needed beside the ring; a quarter of it at most.
 
     Raises:
         InvalidInputError: That is too little to work with.
     """
 
-    def __init__(self, limit_nbytes: int) -> None:
+    def __init__(self, limit_nbytes: int, *, beside_nbytes: int = 0) -> None:
         if limit_nbytes < MIN_POOL_NBYTES:
             raise InvalidInputError(
                 "the pool of host memory is too small",
@@ -82,13 +84,15 @@ class HostPool:
                 found=f"{limit_nbytes} bytes",
                 hint="leave pool_nbytes out to let a quarter of the free memory be used at most",
             )
-        self.limit_nbytes = limit_nbytes // ALIGNMENT * ALIGNMENT
+        self.limit_nbytes = (limit_nbytes - min(beside_nbytes, limit_nbytes // 4)) // ALIGNMENT * ALIGNMENT
         self._condition = threading.Condition()
         self._pieces: deque[Piece] = deque()
         self._head = 0
         self._in_use = 0
         self._high_water = 0
         self._memory = HostMemory()
+        self._aside_nbytes = 0
+        """Of the memory's end: no part of the ring for now."""
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +103,10 @@ class HostPool:
     def high_water_nbytes(self) -> int:
         """The most that was in use at a time since ``reserve``."""
         return self._high_water
+
+    @property
+    def _ring_nbytes(self) -> int:
+        return self.nbytes - self._aside_nbytes
 
     def reserve(self, nbytes: int, *, is_pinned: bool) -> None:
         """Get ready for a save: allocate, if this is the first or it is larger than those before.
@@ -143,6 +151,29 @@ class HostPool:
                 hint="pass a smaller pool_nbytes, or raise the limit (ulimit -v); older checkpoints were not touched",
             ) from err
 
+    @contextlib.contextmanager
+    def set_aside(self, nbytes: int) -> Iterator[memoryview]:
+        """Memory for something else than pieces, until the end of the ``with`` block. No piece may be in use before it.
+
+        Args:
+            nbytes: What is wanted; rounded up to pages.
+
+        Returns:
+            So much of it as leaves a half for pieces; page-aligned.
+        """
+        with self._condition:
+            assert not self._pieces
+            self._aside_nbytes = min(pad(nbytes), self.nbytes // 2 // ALIGNMENT * ALIGNMENT)
+            self._use(self._aside_nbytes)
+        try:
+            yield memoryview(self._memory.bytes[self._ring_nbytes :].data)
+        finally:
+            # What is in use stays where it is: the ring only becomes longer.
+            with self._condition:
+                self._use(-self._aside_nbytes)
+                self._aside_nbytes = 0
+                self._condition.notify_all()
+
     def take(self, nbytes: int, is_cancelled: Callable[[], bool]) -> Piece | None:
         """Take the next piece; waits until there is room.
 
@@ -153,13 +184,14 @@ class HostPool:
         Returns:
             A piece of at most that many bytes, rounded up to ``ALIGNMENT``; None if it was cancelled.
         """
-        wanted = min(pad(nbytes), _MAX_PIECE_NBYTES, self.nbytes // _MIN_PIECES // ALIGNMENT * ALIGNMENT)
+        share = max(self._ring_nbytes // _MIN_PIECES // ALIGNMENT * ALIGNMENT, ALIGNMENT)
+        wanted = min(pad(nbytes), _MAX_PIECE_NBYTES, share)
         with self._condition:
             while not is_cancelled():
                 if not self._pieces:
                     self._head = 0
                 # A piece does not go round the end: the rest of the ring becomes a smaller one.
-                granted = min(wanted, self.nbytes - self._head)
+                granted = min(wanted, self._ring_nbytes - self._head)
                 if self._has_room(granted):
                     return self._grant(granted)
                 self._condition.wait()
@@ -177,10 +209,13 @@ class HostPool:
         memory = self._memory
         piece = Piece(start=start, nbytes=nbytes, bytes=memory.bytes[start:end], tensor=memory.tensor[start:end])
         self._pieces.append(piece)
-        self._head = end % self.nbytes
+        self._head = end % self._ring_nbytes
+        self._use(nbytes)
+        return piece
+
+    def _use(self, nbytes: int) -> None:
         self._in_use += nbytes
         self._high_water = max(self._high_water, self._in_use)
-        return piece
 
     def give_back(self, piece: Piece) -> None:
         """Let the memory be used again; any thread, once per piece."""
