@@ -16,10 +16,10 @@ from .devices import Lanes
 from .images import Part, Rounded
 from .pool import Piece
 
-__all__ = ["ImageReader", "flat_elements", "row_major_blocks"]
+__all__ = ["ImageReader", "flat_elements", "row_major_blocks", "strips"]
 
-# So little torch converts on the calling thread; on a GPU launches must not count.
-# Source: torch 2.13, aten/src/ATen/TensorIterator.h (GRAIN_SIZE).
+# What stays in the second-level cache, and is little enough for torch to do on the calling thread; on a GPU launches
+# must not count. Source: torch 2.13, aten/src/ATen/TensorIterator.h (GRAIN_SIZE).
 _HOST_STRIP_NUMEL = 2**15
 _DEVICE_STRIP_NUMEL = 2**22
 
@@ -80,12 +80,17 @@ class ImageReader:
 
     def _round(self, tensor: torch.Tensor, start: int, target: torch.Tensor) -> None:
         """Fill the target with elements of a tensor from there on, rounded where they are."""
-        strip = _HOST_STRIP_NUMEL if tensor.is_cpu else _DEVICE_STRIP_NUMEL
         with self._lanes.of(tensor), torch.no_grad():
-            for done in range(0, target.numel(), strip):
-                into = target[done : done + strip]
-                values = flat_elements(tensor, start + done, start + done + into.numel())
+            for first, end in strips(tensor, start, start + target.numel()):
+                values = flat_elements(tensor, first, end)
+                into = target[first - start : end - start]
                 into.copy_(values if tensor.is_cpu else values.to(torch.bfloat16), non_blocking=tensor.is_cuda)
+
+
+def strips(tensor: torch.Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Elements [start, end) of a tensor in stretches that are worked on at a time, where it lives."""
+    numel = _HOST_STRIP_NUMEL if tensor.is_cpu else _DEVICE_STRIP_NUMEL
+    return ((first, min(first + numel, end)) for first in range(start, end, numel))
 
 
 def flat_elements(tensor: torch.Tensor, start: int, end: int) -> torch.Tensor:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ..codecs import CODES_KEY, StoredCodes, array_name, record_codes
 from ..codecs.encoding import split_master
 from ..tensor_bytes import meta_of
-from .copying import flat_elements
+from .copying import flat_elements, strips
 from .devices import Lanes
 from .images import FileImage, LayerImage, plan_image
 from .scratch import Scratch
 
 __all__ = ["pack_masters"]
-
-# What stays in the second-level cache, and is little enough for torch to do on the calling thread; on a GPU launches
-# must not count. Source: torch 2.13, aten/src/ATen/TensorIterator.h (GRAIN_SIZE).
-_HOST_STRIP_NUMEL = 2**15
-_DEVICE_STRIP_NUMEL = 2**22
 
 
 def pack_masters(
@@ -68,7 +63,7 @@ def _pack(
     ties: list[torch.Tensor] = []
     num_ties = 0
     max_ties = StoredCodes(codec="tail16", meta=meta_of(master)).max_ties
-    for start, stop in _strips(master):
+    for start, stop in strips(master, 0, master.numel()):
         check_readable()
         with torch.no_grad():
             found = split_master(flat_elements(master, start, stop), flat_elements(weight, start, stop))
@@ -78,8 +73,3 @@ def _pack(
         codes[start:stop].copy_(found[0])
         ties.append(found[1].cpu() + start)
     return {"codes": codes, "ties": torch.cat(ties)}
-
-
-def _strips(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
-    strip = _HOST_STRIP_NUMEL if tensor.is_cpu else _DEVICE_STRIP_NUMEL
-    return ((start, min(start + strip, tensor.numel())) for start in range(0, tensor.numel(), strip))
